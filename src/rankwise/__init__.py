@@ -1,0 +1,68 @@
+"""rankwise: low-rank fine-tuning on one equation and seven composable axes.
+
+The names below are the public surface; they are imported on first use, so that `rankwise --help` does not load torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Recipe": "rankwise.recipe",
+    "Targets": "rankwise.recipe",
+    "Plan": "rankwise.planning",
+    "plan": "rankwise.planning",
+    "summary": "rankwise.planning",
+    "adapt": "rankwise.adapting",
+    "disabled": "rankwise.adapting",
+    "reference": "rankwise.adapting",
+    "merge": "rankwise.adapting",
+    "unmerge": "rankwise.adapting",
+    "unadapt": "rankwise.adapting",
+    "optimizer": "rankwise.optim",
+    "attach": "rankwise.optim",
+    "save": "rankwise.checkpoint",
+    "load": "rankwise.checkpoint",
+    "RankwiseError": "rankwise.errors",
+}
+
+__all__ = [
+    "Plan",
+    "RankwiseError",
+    "Recipe",
+    "Targets",
+    "__version__",
+    "adapt",
+    "attach",
+    "disabled",
+    "load",
+    "merge",
+    "optimizer",
+    "plan",
+    "recipes",
+    "reference",
+    "save",
+    "summary",
+    "unadapt",
+    "unmerge",
+]
+
+if TYPE_CHECKING:
+    from rankwise import recipes
+    from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
+    from rankwise.checkpoint import load, save
+    from rankwise.errors import RankwiseError
+    from rankwise.optim import attach, optimizer
+    from rankwise.planning import Plan, plan, summary
+    from rankwise.recipe import Recipe, Targets
+
+
+def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return importlib.import_module("rankwise.recipes")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'rankwise' has no attribute {name!r}")

@@ -1,0 +1,313 @@
+"""From a plan to an adapted model and back: adapt, disabled, reference, merge, unmerge, unadapt."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.equation import SharedProjection
+from rankwise.errors import TargetError
+from rankwise.inits import Beginning, site_generator
+from rankwise.planning import Plan, plan
+from rankwise.recipe import Recipe
+from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, switched, trained_modules
+from rankwise.storage import storage_of
+from rankwise.updates import Site
+
+
+@dataclass
+class Adapted:
+    """What adapt leaves on the model: the recipe, the plan, and how the base's parameters were set."""
+
+    recipe: Recipe
+    plan: Plan
+    fingerprint: str
+    trainable: dict[str, bool]  # base parameter name -> requires_grad before
+    notes: list[str] = field(default_factory=list)
+
+
+def adapted(model: nn.Module) -> Adapted:
+    """The record of an adapted model.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    record = getattr(model, "rankwise", None)
+    if not isinstance(record, Adapted):
+        raise TargetError("the model has no adapters; call rankwise.adapt(model, recipe) first")
+    return record
+
+
+def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, Tensor]] | None = None) -> nn.Module:
+    """Puts adapters on a model in place, freezes everything else, and returns the model.
+
+    Args:
+        model: the base, weights loaded. Dtype and device stay; adapters are fp32 masters (fp64 on an fp64 base) beside their weights.
+        recipe: what to put where.
+        calibration: batches (dicts of tensors) for inits that ask for statistics; no recipe of this version does.
+
+    Raises:
+        TargetError, RecipeError: as `plan`.
+    """
+    made = plan(model, recipe)
+    return build(model, recipe, made)
+
+
+def build(model: nn.Module, recipe: Recipe, made: Plan, beginnings: Mapping[str, Beginning] | None = None) -> nn.Module:
+    """Builds the adapters of a plan; with `beginnings`, from given factors and starts instead of the recipe's init (used by load)."""
+    from rankwise.checkpoint.fingerprint import base_fingerprint
+
+    modules = dict(model.named_modules())
+    record = Adapted(
+        recipe,
+        made,
+        base_fingerprint(modules, made.sites),
+        {name: p.requires_grad for name, p in model.named_parameters()},
+        list(made.notes),
+    )
+    model.requires_grad_(False)
+    first = modules[made.sites[0].name]
+    device, dtype = _placement(first)
+    shared = recipe.update.shared(made.sites, device, dtype)
+    projections = _shared_projections(recipe, made.sites)
+    for position, site in enumerate(made.sites):
+        layer = modules[site.name]
+        begun = None if beginnings is None else beginnings[site.name]
+        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), begun, record.notes)
+        if shared is not None and position == 0:
+            adapter.register_module("pool", shared)  # the one registered owner of what all sites share
+        _replace(model, site.name, adapter)
+    for name, _ in made.trained_modules:
+        base = modules[name]
+        trained = copy.deepcopy(base)
+        trained.requires_grad_(True)
+        for parameter in trained.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        _replace(model, name, TrainedModule(base, trained, name))
+    model.rankwise = record  # type: ignore[assignment]
+    return model
+
+
+def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point dtype of a base layer; fp32 where the layer holds no floating-point tensor."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return device, dtype
+
+
+def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
+    if not recipe.update.shares_down:
+        return {}
+    members: dict[str, int] = {}
+    for site in sites:
+        if site.group:
+            members[site.group] = members.get(site.group, 0) + 1
+    return {group: SharedProjection(count) for group, count in members.items()}
+
+
+def _adapter(
+    layer: nn.Module,
+    site: Site,
+    recipe: Recipe,
+    shared: nn.Module | None,
+    projection: SharedProjection | None,
+    begun: Beginning | None,
+    notes: list[str],
+) -> AdaptedLinear:
+    device, dtype = _placement(layer)
+    masters = torch.promote_types(dtype, torch.float32)
+    storage = storage_of(layer)
+    update = None
+    offset = None
+    if recipe.update.module is not None:
+        update = recipe.update.module(recipe.update, site, recipe.frozen_roles, device, masters, shared)
+        generator = site_generator(recipe.seed, site.name)
+        if begun is None:
+            weight = storage.read(layer) if recipe.init.needs_weight else None
+            begun = recipe.init.begin(site, weight, None, generator)
+            notes.extend(f"{site.name}: {note}" for note in begun.notes)
+        down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
+        update.begin(down, up, recipe.init.moves_base, generator)
+        if recipe.init.moves_base:
+            factors = update.factors()
+            offset = Offset(factors.down, factors.effective_up() / site.scaling)
+    folded = offset is not None and recipe.base == "fold"
+    if folded and offset is not None:
+        fold(layer, offset, site.scaling)
+    gain = None
+    if recipe.gain.module is not None:
+        gain = recipe.gain.module(recipe.gain, site, recipe.frozen_roles, device, masters)
+        start = None if offset is None or folded else offset.start()
+        gain.begin(layer, storage, None if update is None else update.factors(), start)
+    return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, projection)
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, offset: Offset, scaling: float, sign: float = -1.0) -> None:
+    """Writes W - start into the base (or W + start with sign=1): computed in fp32 (fp64 for an fp64 base), rounded once."""
+    storage = storage_of(layer)
+    weight = storage.read(layer)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    storage.write(layer, wide + sign * scaling * (offset.up.to(wide.dtype) @ offset.down.to(wide.dtype)))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent_name, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent_name), last, module)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is exactly its base, bit for bit (to rounding where a recipe rewrote the base, as its plan says).
+
+    Nothing is frozen, thawed or moved; nesting is fine. A merged model is unmerged for the block.
+    """
+    adapted(model)
+    merged_sites = [module for module in adapted_sites(model).values() if module.merged]
+    for module in merged_sites:
+        _swap_in(module)
+    try:
+        with switched(model, enabled=False):
+            yield model
+    finally:
+        for module in merged_sites:
+            _swap_out(module)
+
+
+class Reference(nn.Module):
+    """The base of an adapted model as a callable model of its own, sharing every tensor: DPO's `ref_model` without a second copy.
+
+    Runs in evaluation mode and without gradients; has no parameters of its own; other attributes are the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "adapted_model", model)  # unregistered: its parameters are not ours
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.adapted_model
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad(), disabled(model):
+                return model(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["adapted_model"], name)
+
+
+def reference(model: nn.Module) -> Reference:
+    """The base of an adapted model, as a callable model that shares its tensors."""
+    adapted(model)
+    return Reference(model)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
+    """Writes every update into the base weights: in fp32, rounded once to the base's dtype.
+
+    Args:
+        model: an adapted model.
+        keep_base: keep the base weights on the CPU, so that `unmerge`, `disabled` and `unadapt` give them back bit for bit. False takes the
+            adapters off: what returns is a plain model with merged weights.
+
+    Raises:
+        TargetError: an update depends on the token, or the base cannot be written.
+    """
+    record = adapted(model)
+    sites = adapted_sites(model)
+    if any(module.merged for module in sites.values()):
+        raise TargetError("the model is merged already; call rankwise.unmerge(model) first")
+    new = {name: module.merged_weight() for name, module in sites.items()} if not keep_base else {}
+    for name, module in sites.items():
+        _untie(model, module)
+        weight = new.pop(name) if name in new else module.merged_weight()
+        if not bool(torch.isfinite(weight).all()):
+            raise TargetError(f"the merged weight of {name} is not finite; the adapter is broken")
+        storage = module.storage
+        if keep_base:
+            module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
+        storage.write(module.base_layer, weight)
+        module.merged = True
+        if not keep_base:
+            _replace(model, name, module.base_layer)
+    if not keep_base:
+        for name, trained in trained_modules(model).items():
+            dtype = next(trained.base_layer.parameters()).dtype
+            _replace(model, name, trained.trained.to(dtype))
+        _thaw(model, record)
+    return model
+
+
+def _untie(model: nn.Module, module: AdaptedLinear) -> None:
+    """Gives a tied base layer a weight of its own, so that merging leaves the other owner alone."""
+    weight = module.base_layer.weight
+    owners = [
+        other
+        for other in model.modules()
+        if other is not module.base_layer and any(parameter is weight for parameter in other._parameters.values())
+    ]
+    if owners:
+        module.base_layer.weight = nn.Parameter(cast(Tensor, weight).detach().clone(), requires_grad=False)
+        config = getattr(model, "config", None)
+        if config is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Takes the updates out of the base weights again: the base comes back bit for bit, from its copy."""
+    adapted(model)
+    sites = [module for module in adapted_sites(model).values() if module.merged]
+    if not sites:
+        raise TargetError("the model is not merged; call rankwise.merge(model) first")
+    for module in sites:
+        _swap_in(module)
+        module.merged, module.kept_weight = False, None
+    return model
+
+
+def _swap_in(module: AdaptedLinear) -> None:
+    """The kept base weight back into the layer; the merged one waits in its place."""
+    assert module.kept_weight is not None
+    storage = module.storage
+    merged = storage.read(module.base_layer).detach().to("cpu", copy=True)
+    storage.write(module.base_layer, module.kept_weight.to(module.weight.device))
+    module.kept_weight = merged
+
+
+_swap_out = _swap_in  # swapping twice is the identity
+
+
+@torch.no_grad()
+def unadapt(model: nn.Module) -> nn.Module:
+    """Takes the adapters off and gives back the base, bit for bit (to rounding where a recipe rewrote it), with its parameters set as
+    before."""
+    record = adapted(model)
+    if any(module.merged for module in adapted_sites(model).values()):
+        unmerge(model)
+    for name, module in adapted_sites(model).items():
+        if module.folded and module.offset is not None:
+            fold(module.base_layer, module.offset, module.site.scaling, sign=1.0)
+        _replace(model, name, module.base_layer)
+    for name, trained in trained_modules(model).items():
+        _replace(model, name, trained.base_layer)
+    _thaw(model, record)
+    return model
+
+
+def _thaw(model: nn.Module, record: Adapted) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.trainable.get(name, False))
+    del model.rankwise

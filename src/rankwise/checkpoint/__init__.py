@@ -1,0 +1,1 @@
+"""Adapters on disk: native save and load, PEFT's layout both ways."""

@@ -1,0 +1,457 @@
+"""The one equation of the project, and the one operation that computes it.
+
+    y = gain * ( W x  +  scaling * tail * ( up @ (core . (down @ dropout(x))) )  -  scaling * up0 @ (down0 @ dropout(x)) )  +  bias
+
+A method only says what its factors are; forward, backward, merge and export follow from them here, once, for all methods.
+
+The operation has a plain form (`reference_form`, ordinary autograd, any base layer) and a fused form made of three small autograd
+functions:
+
+    project   x -> base output (tokens, out), h = down x (tokens, rank), and for a start (down - down0) x
+    combine   adds up . core . h to the base output in place
+    rescale   applies the gain in fp32
+
+Saved for the backward: x if `down` trains, h if anything behind it trains, the pre-gain output if the gain trains; parameters by reference;
+no dropout mask (it is drawn again from a seed) and no product of factors (made again, rank-sized work). A token core runs under plain
+autograd between `project` and `combine`. `form_of` is the fixed rule that picks the form.
+
+A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equals  up down x - up0 down0 x  and is exactly zero, in every
+dtype, while the factors stand where they started.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rankwise.storage import Storage
+
+TokenCore = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors of one update at one site. Their product is  scaling * diag(tail) @ up @ core @ down,  (out, in)."""
+
+    down: Tensor  # (rank, in)
+    up: Tensor  # (out, rank)
+    core: Tensor | None = None  # (rank,) diagonal, or (rank, rank)
+    tail: Tensor | None = None  # (out,)
+    scaling: float = 1.0
+
+    def effective_up(self) -> Tensor:
+        """scaling * diag(tail) @ up @ core, (out, rank): what stands left of `down`."""
+        return _effective_up(self.up, self.core, self.tail, self.scaling)
+
+    def delta(self) -> Tensor:
+        """The dense update (out, in), in the factors' own dtype."""
+        return self.effective_up() @ self.down
+
+
+class Start(NamedTuple):
+    """A frozen pair that is subtracted, because the method began away from zero. Scaled like the update it belongs to."""
+
+    down: Tensor  # (rank, in), called down0 in the equation
+    up: Tensor  # (out, rank), called up0; any core and tail of the start are already multiplied in
+
+
+def _effective_up(up: Tensor, core: Tensor | None, tail: Tensor | None, scaling: float) -> Tensor:
+    if core is not None:
+        up = up * core if core.dim() == 1 else up @ core
+    if tail is not None:
+        up = tail[:, None] * up
+    return up if scaling == 1.0 else up * scaling
+
+
+def dense_update(factors: Factors | None, start: Start | None) -> Tensor | None:
+    """The dense update minus its start, (out, in), in the factors' dtype; None for a site that has no factors."""
+    if factors is None:
+        return None
+    if start is None:
+        return factors.delta()
+    moved = factors.effective_up() - factors.scaling * start.up
+    return moved @ factors.down + factors.scaling * start.up @ (factors.down - start.down)
+
+
+def stacked(factors: Factors, start: Start | None) -> tuple[Tensor, Tensor]:
+    """(down, up) of shapes (k, in), (out, k) whose product is the whole update, start subtracted; k is rank or 2 rank."""
+    up = factors.effective_up()
+    if start is None:
+        return factors.down, up
+    start_up = factors.scaling * start.up
+    return torch.cat([factors.down, factors.down - start.down]), torch.cat([up - start_up, start_up], dim=1)
+
+
+# --- dropout without a stored mask -----------------------------------------------------------------------------------------------------
+
+
+def draw_seed() -> int:
+    """A seed from the default CPU generator, which checkpointing restores: the recomputed forward draws the same mask."""
+    return int(torch.randint(2**62, ()))
+
+
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
+    """x with each element kept with probability 1 - p and scaled by its inverse; the same seed gives the same mask.
+
+    p is rounded to a multiple of 2^-16: 16 random bits an element are several times cheaper than a Bernoulli draw.
+    """
+    limit = min(round(p * 65536), 65535)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    words = (x.numel() + 3) // 4
+    bits = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator, device=x.device, dtype=torch.int64)
+    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= limit - 32768
+    return x * keep * (65536 / (65536 - limit))
+
+
+# --- the fused form --------------------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Project(torch.autograd.Function):
+    """x (..., in) -> y = x W^T + bias (..., out), h = drop(x) down^T (tokens, rank), moved = drop(x) (down - down0)^T or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        start_down: Tensor | None,
+        bias: Tensor | None,
+        storage: Storage,
+        dropout: float,
+        seed: int,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y = storage.product(x, bias, *weights)
+        rows = _rows(x).to(y.dtype)  # (tokens, in); a cast only under autocast, where x itself is what stays
+        if dropout:
+            rows = drop(rows, dropout, seed)
+        h = rows @ down.to(y.dtype).T  # (tokens, rank)
+        moved = None if start_down is None else rows @ (down - start_down).to(y.dtype).T
+        ctx.storage, ctx.dropout, ctx.seed = storage, dropout, seed
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down, start_down, *weights)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        # `combine` writes into y: it must not count as a view made in here
+        return torch.ops.aten._unsafe_view(y, y.shape), h, moved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gy, gh, gm = grads
+        x, down, start_down, *weights = ctx.saved_tensors
+        dx = d_down = None
+        # gradient of h plus that of `moved`: both are products with `down`
+        total = gh if gm is None else gm if gh is None else gh + gm
+        if ctx.needs_input_grad[1] and total is not None:
+            rows = _rows(x).to(total.dtype)
+            if ctx.dropout:
+                rows = drop(rows, ctx.dropout, ctx.seed)
+            d_down = (total.T @ rows).to(down.dtype)  # (rank, in)
+        if ctx.needs_input_grad[0]:
+            if gy is not None:
+                dx = ctx.storage.product_t(gy, *weights)
+                dx = dx.reshape(-1, dx.shape[-1])  # (tokens, in)
+            branch = None if ctx.dropout or dx is None else dx  # where the branch's share is added, in place
+            if total is not None:
+                # gh down + gm (down - down0) = (gh + gm) down - gm down0
+                branch = _add_product(branch, total, down, 1.0)
+                if gm is not None:
+                    branch = _add_product(branch, gm, start_down, -1.0)
+                if ctx.dropout:
+                    branch = drop(branch, ctx.dropout, ctx.seed)
+                    dx = branch if dx is None else dx.add_(branch)
+                else:
+                    dx = branch
+            if dx is not None:
+                dx = dx.view(ctx.shape).to(ctx.dtype)
+        return (dx, d_down, *([None] * (len(ctx.needs_input_grad) - 2)))
+
+
+def _add_product(target: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    right = right.to(left.dtype)
+    if target is None:
+        return left @ right if factor == 1.0 else (left @ right).mul_(factor)
+    return target.addmm_(left, right, alpha=factor)
+
+
+class _Combine(torch.autograd.Function):
+    """y += h effective_up^T, in place; with a start  y += h (effective_up - s up0)^T + moved (s up0)^T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        h: Tensor,
+        moved: Tensor | None,
+        up: Tensor,
+        core: Tensor | None,
+        tail: Tensor | None,
+        start_up: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        effective = _effective_up(up, core, tail, scaling)  # (out, rank), rank-sized work in the masters' dtype
+        flat = y.view(-1, y.shape[-1])
+        if start_up is not None and moved is not None:
+            start = start_up * scaling
+            effective = effective - start
+            flat.addmm_(moved, start.to(y.dtype).T)
+        flat.addmm_(h, effective.to(y.dtype).T)
+        ctx.mark_dirty(y)
+        ctx.scaling = scaling
+        behind = any(ctx.needs_input_grad[3:6])
+        ctx.save_for_backward(h if behind else None, up, core, tail, start_up)
+        ctx.with_start = moved is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gy,) = grads
+        h, up, core, tail, start_up = ctx.saved_tensors
+        g = _rows(gy)  # (tokens, out)
+        gh = gm = d_up = d_core = d_tail = None
+        if ctx.needs_input_grad[1]:
+            effective = _effective_up(up, core, tail, ctx.scaling)
+            if ctx.with_start:
+                start = start_up * ctx.scaling
+                effective = effective - start
+                gm = g @ start.to(g.dtype) if ctx.needs_input_grad[2] else None
+            gh = g @ effective.to(g.dtype)  # (tokens, rank)
+        if h is not None:
+            # one GEMM over the tokens serves up, core and tail: the gradient of effective_up, over `scaling`
+            masters = torch.promote_types(up.dtype, torch.float32)
+            k = (g.T @ h.to(g.dtype)).to(masters) * ctx.scaling  # (out, rank)
+            rowed = k if tail is None else k * tail[:, None]
+            if ctx.needs_input_grad[3]:
+                d_up = (rowed if core is None else rowed * core if core.dim() == 1 else rowed @ core.T).to(up.dtype)
+            if core is not None and ctx.needs_input_grad[4]:
+                d_core = (up * rowed).sum(0) if core.dim() == 1 else up.T @ rowed
+            if tail is not None and ctx.needs_input_grad[5]:
+                d_tail = (k * _effective_up(up, core, None, 1.0)).sum(1)
+        return gy, gh, gm, d_up, d_core, d_tail, None, None
+
+
+_ROWS_AT_ONCE = 1024  # bounds the fp32 temporaries of the gain
+
+
+class _Rescale(torch.autograd.Function):
+    """y0 -> y0 + (gain - 1) * (y0 - bias), in fp32: bit-exact at gain 1. y0 is the biased output, (..., out)."""
+
+    @staticmethod
+    def forward(ctx: Any, y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y0 if ctx.needs_input_grad[1] else None, gain, bias)
+        return rescale(y0, gain, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gy,) = grads
+        y0, gain, bias = ctx.saved_tensors
+        d_y0 = (gy * gain).to(gy.dtype) if ctx.needs_input_grad[0] else None
+        d_gain = None
+        if y0 is not None:
+            d_gain = torch.zeros_like(gain)
+            for g, z in zip(_rows(gy).split(_ROWS_AT_ONCE), _rows(y0).split(_ROWS_AT_ONCE), strict=True):
+                z = z.to(gain.dtype) if bias is None else z.to(gain.dtype) - bias.to(gain.dtype)
+                d_gain += (z * g).sum(0)  # (out,)
+        return d_y0, d_gain, None
+
+
+def rescale(y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """The gain over base and branch, the bias left out; computed in the gain's dtype (fp32), rounded once to y0's."""
+    z = y0.to(gain.dtype)
+    z = z if bias is None else z - bias.to(gain.dtype)
+    return (y0 + (gain - 1) * z).to(y0.dtype)
+
+
+# --- the two forms and the rule that picks one -----------------------------------------------------------------------------------------
+
+
+def form_of(storage: Storage, x: Tensor) -> str:
+    """'fused' or 'reference'. Fused: a storage with products of its own, eager mode, a floating-point x.
+
+    Under the compiler the plain form is the fast one: the compiler sees every operation, fuses them and chooses what to keep.
+    """
+    if not storage.fused or not x.is_floating_point() or torch.compiler.is_compiling():
+        return "reference"
+    return "fused"
+
+
+def fused_form(
+    x: Tensor,
+    storage: Storage,
+    weights: tuple[Tensor, ...],
+    bias: Tensor | None,
+    factors: Factors | None,
+    start: Start | None,
+    gain: Tensor | None,
+    dropout: float = 0.0,
+    token_core: TokenCore | None = None,
+    shared: "SharedProjection | None" = None,
+) -> Tensor:
+    """y (..., out) for x (..., in), over a frozen base known by its storage. Same value and gradients as `reference_form`."""
+    if factors is None:
+        y = _Base.apply(x, bias, storage, *weights)
+    elif shared is not None:
+        y = _Base.apply(x, bias, storage, *weights)
+        h = shared.project(x, factors.down, y.dtype, dropout)
+        y = _Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling)
+    else:
+        seed = draw_seed() if dropout else 0
+        start_down = None if start is None else start.down
+        y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, dropout, seed, *weights)
+        core = factors.core
+        if token_core is not None:
+            h, core = _rows(token_core(x, h.view(*x.shape[:-1], -1))), None
+        start_up = None if start is None else start.up
+        y = _Combine.apply(y, h, moved, factors.up, core, factors.tail, start_up, factors.scaling)
+    return y if gain is None else _Rescale.apply(y, gain, bias)
+
+
+class _Base(torch.autograd.Function):
+    """y = x W^T + bias over a frozen base, saving nothing but references to W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, storage: Storage, *weights: Tensor) -> Tensor:
+        y = storage.product(x, bias, *weights)
+        ctx.storage, ctx.dtype = storage, x.dtype
+        ctx.save_for_backward(*weights)
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx = ctx.storage.product_t(grads[0], *ctx.saved_tensors).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return (dx, *([None] * (len(ctx.needs_input_grad) - 1)))
+
+
+def reference_form(
+    x: Tensor,
+    base: Callable[[Tensor], Tensor],
+    bias: Tensor | None,
+    factors: Factors | None,
+    start: Start | None,
+    gain: Tensor | None,
+    dropout: float = 0.0,
+    token_core: TokenCore | None = None,
+) -> Tensor:
+    """The same function in plain autograd, over any base layer: called once, branch added. x may be token ids (an embedding)."""
+    y = base(x)
+    if factors is not None:
+        if x.is_floating_point():
+            rows = x.to(y.dtype)
+            if dropout:
+                rows = F.dropout(rows, dropout) if torch.compiler.is_compiling() else drop(rows, dropout, draw_seed())
+        else:
+            rows = x
+        h = _times(rows, factors.down, y.dtype)  # (..., rank)
+        if token_core is None:
+            up = factors.effective_up()
+        else:
+            h, up = token_core(x, h), _effective_up(factors.up, None, factors.tail, factors.scaling)
+        if start is not None:
+            start_up = factors.scaling * start.up
+            up = up - start_up
+            y = y + F.linear(_times(rows, factors.down - start.down, y.dtype), start_up.to(y.dtype))
+        y = y + F.linear(h.to(y.dtype), up.to(y.dtype))
+    return y if gain is None else rescale(y, gain, bias)
+
+
+def _times(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """x matrix^T (..., rank) for x (..., in), or for token ids, whose one-hot rows gather columns of the matrix (rank, vocabulary)."""
+    return F.linear(x, matrix.to(dtype)) if x.is_floating_point() else F.embedding(x, matrix.T).to(dtype)
+
+
+class SharedProjection:
+    """`down @ x`, made once for the sites of a group that read one input through one `down` (VeRA's q, k, v).
+
+    Holds the projection only until every member has taken it, and only for the very tensor it was made from: a recomputed
+    block brings a new x and gets a projection of its own. Copies and pickles are empty.
+    """
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self._x: Tensor | None = None
+        self._h: Tensor | None = None
+        self._key: tuple[object, ...] = ()
+        self._left = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "SharedProjection":
+        copied = memo[id(self)] = SharedProjection(self.members)
+        return copied
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SharedProjection, (self.members,)
+
+    def project(self, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+        """h (tokens, rank); one dropout mask for the whole group."""
+        key = (x._version, down.data_ptr(), down._version, dtype, dropout, torch.is_grad_enabled())
+        if self._x is not x or self._key != key or self._left == 0:
+            self._h = _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
+            self._x, self._key, self._left = x, key, self.members
+        assert self._h is not None
+        h = self._h
+        self._left -= 1
+        if self._left == 0:
+            self._x = self._h = None
+        return h
+
+
+class _Down(torch.autograd.Function):
+    """h = drop(x) down^T, (tokens, rank), with `down` frozen: nothing of x is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+        rows = _rows(x).to(dtype)
+        rows = drop(rows, dropout, seed) if dropout else rows
+        ctx.save_for_backward(down)
+        ctx.dropout, ctx.seed, ctx.shape, ctx.dtype = dropout, seed, x.shape, x.dtype
+        return rows @ down.to(dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (down,) = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = grads[0] @ down.to(grads[0].dtype)
+            dx = (drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, None, None
+
+
+def operate(
+    x: Tensor,
+    layer: nn.Module,
+    storage: Storage,
+    factors: Factors | None,
+    start: Start | None = None,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    token_core: TokenCore | None = None,
+    shared: SharedProjection | None = None,
+) -> Tensor:
+    """The operation: y (..., out) for x (..., in), or for token ids at an embedding.
+
+    Args:
+        x: input (..., in).
+        layer: the base layer, called as it is when its storage has no products of its own.
+        storage: how that layer holds its weight.
+        factors: the update; None for a gain alone.
+        start: the frozen pair to subtract; needs a constant core.
+        gain: (out,) fp32, over base and branch, bias left out.
+        dropout: probability on the branch's input, in training only (the caller passes 0 otherwise).
+        token_core: (x, h) -> core . h for cores that depend on the token; h is (..., rank).
+        shared: the projection shared by the sites of a group, all with the same frozen `down`.
+    """
+    bias = storage.bias(layer)
+    if form_of(storage, x) == "fused":
+        return fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared)
+    return reference_form(x, layer, bias, factors, start, gain, dropout, token_core)

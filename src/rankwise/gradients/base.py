@@ -1,0 +1,25 @@
+"""Gradient axis: how do gradients become steps? Rules address roles (down, up, core, tail, gain, gate), never parameter names."""
+
+from abc import ABC
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+class GradientRule(ABC):
+    """Abstract: one value of the gradient axis. Final subclasses are frozen dataclasses of options; they hold no state."""
+
+    name: ClassVar[str]
+
+    def rate(self, role: str) -> float:
+        """What the learning rate of a role is multiplied by, at each step, whatever a scheduler wrote."""
+        return 1.0
+
+    def decay(self, role: str) -> float:
+        """What the weight decay of a role is multiplied by."""
+        return 1.0
+
+    def transform(self, site: nn.Module, role: str) -> Callable[[Tensor], Tensor] | None:
+        """A linear map on each incoming gradient of a role at one site (an AdaptedLinear), before accumulation and clipping; or None."""
+        return None

@@ -1,0 +1,21 @@
+"""The update brings its own starting values (VeRA's vectors), or there is nothing to start (a gain alone)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rankwise.inits.base import Beginning, Init
+from rankwise.updates import Site
+
+
+@dataclass(frozen=True)
+class Own(Init):
+    """No pair."""
+
+    name: ClassVar[str] = "own"
+    own: ClassVar[bool] = True
+
+    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+        return Beginning(None, None)

@@ -1,0 +1,142 @@
+"""Starts from the singular vectors of the frozen weight: PiSSA takes the largest, MiLoRA the smallest.
+
+    W = U diag(S) V^T,  with r selected columns u:      up = u diag(s / scaling)^(1/2),   down = diag(s / scaling)^(1/2) v^T
+
+so that scaling * up @ down = u u^T W, and what is left of W is what the method freezes. In projection form only u is needed; the same
+skeleton with another orthonormal u gives OLoRA.
+
+PiSSA: Meng et al. 2024, arXiv 2404.02948, section 3. MiLoRA: Wang et al. 2024, arXiv 2406.09044, section 3.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import RecipeError
+from rankwise.inits.base import Beginning, Init
+from rankwise.updates import Site
+
+
+def projected(weight: Tensor, u: Tensor, s: Tensor, scaling: float, balance: str) -> Beginning:
+    """The pair for an orthonormal u (out, r) whose rows of u^T W have lengths s (r,): scaling * up @ down = u u^T W.
+
+    Directions of length zero would give a zero row and a zero column, which never receive a gradient; they become up = u, down = 0.
+    """
+    dead = s <= torch.finfo(weight.dtype).eps * torch.linalg.matrix_norm(weight)  # what rounding leaves of a zero
+    coordinates = u.T @ weight  # (r, in)
+    if balance == "sqrt":
+        root = s.clamp_min(torch.finfo(s.dtype).tiny).sqrt() / math.sqrt(scaling)
+        up, down = u * root, coordinates / root[:, None] / scaling
+    elif balance == "unit":
+        up, down = u, coordinates / scaling
+    else:
+        raise RecipeError(f"balance={balance!r} is unknown; use 'sqrt' (both factors alike) or 'unit' (orthonormal up)")
+    notes: tuple[str, ...] = ()
+    if dead.any():
+        up, down = torch.where(dead, u, up), torch.where(dead[:, None], torch.zeros_like(down), down)
+        notes = (f"{int(dead.sum())} directions of length zero start at down = 0",)
+    return Beginning(down, up, notes)
+
+
+def fix_signs(u: Tensor) -> Tensor:
+    """Flips columns so that each one's largest entry is positive: two machines agree on the factors, not only on their product."""
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))  # (1, r)
+    return u * torch.where(largest < 0, -1.0, 1.0)
+
+
+def largest_directions(weight: Tensor, rank: int, svd: str, oversample: int | None, iterations: int, generator: torch.Generator) -> Tensor:
+    """The left singular vectors (out, rank) of the largest singular values.
+
+    'exact' is a full decomposition. 'randomized' is a range finder with `oversample` extra columns (default: rank) and power iterations,
+    orthonormalised in each half step: O(out in rank).
+    """
+    if svd == "exact":
+        return torch.linalg.svd(weight, full_matrices=False).U[:, :rank]
+    width = min(rank + (rank if oversample is None else oversample), *weight.shape)
+    sketch = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32).to(weight)
+    q = torch.linalg.qr(weight @ sketch).Q  # (out, width)
+    for _ in range(iterations):
+        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
+    small = torch.linalg.svd(q.T @ weight, full_matrices=False).U  # (width, width)
+    return (q @ small)[:, :rank]
+
+
+def smallest_directions(weight: Tensor, rank: int) -> Tensor:
+    """The left singular vectors (out, rank) of the smallest singular values among min(out, in), ascending.
+
+    From the fp64 eigenvectors of the smaller Gram matrix: cheaper than a full decomposition. Never in fp32, where squaring loses them.
+    """
+    wide = weight.double()
+    if weight.shape[0] <= weight.shape[1]:
+        return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, :rank].to(weight)
+    v = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, :rank]  # (in, rank)
+    # W v has orthogonal columns of length s; QR makes them orthonormal also where s is tiny
+    return torch.linalg.qr(wide @ v).Q.to(weight)
+
+
+def _exact(site: Site, weight: Tensor) -> Tensor:
+    _check_rank(site)
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _check_rank(site: Site) -> None:
+    sides = min(site.in_features, site.out_features)
+    if site.rank > sides:
+        raise RecipeError(f"rank={site.rank} at {site.name} is larger than its smaller side {sides}; lower the rank to at most {sides}")
+
+
+@dataclass(frozen=True)
+class Pissa(Init):
+    """Principal singular components.
+
+    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 1024, randomized above.
+    oversample: extra columns of the range finder; None means as many as the rank (99.99% of the subspace at 4 iterations).
+    iterations: power iterations of the range finder.
+    """
+
+    name: ClassVar[str] = "pissa"
+    moves_base: ClassVar[bool] = True
+    needs_weight: ClassVar[bool] = True
+    svd: Literal["auto", "exact", "randomized"] = "auto"
+    oversample: int | None = None
+    iterations: int = 4
+    balance: Literal["sqrt", "unit"] = "sqrt"
+
+    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+        assert weight is not None
+        weight = _exact(site, weight)
+        svd = self.svd if self.svd != "auto" else "exact" if min(weight.shape) <= 1024 else "randomized"
+        u = fix_signs(largest_directions(weight, site.rank, svd, self.oversample, self.iterations, generator))
+        return projected(weight, u, (u.T @ weight).norm(dim=1), site.scaling, self.balance)
+
+
+@dataclass(frozen=True)
+class MinorComponents(Init):
+    """MiLoRA: minor singular components. `selector` also offers the middle ones and a random subset (the official code's options)."""
+
+    name: ClassVar[str] = "milora-svd"
+    moves_base: ClassVar[bool] = True
+    needs_weight: ClassVar[bool] = True
+    selector: Literal["min", "mid", "max", "random"] = "min"
+    balance: Literal["sqrt", "unit"] = "sqrt"
+
+    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+        assert weight is not None
+        weight = _exact(site, weight)
+        u = fix_signs(self.directions(weight, site.rank, generator))
+        return projected(weight, u, (u.T @ weight).norm(dim=1), site.scaling, self.balance)
+
+    def directions(self, weight: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+        """The selected left singular vectors (out, rank)."""
+        if self.selector == "min":
+            return smallest_directions(weight, rank)
+        u = torch.linalg.svd(weight, full_matrices=False).U  # (out, k), descending
+        if self.selector == "max":
+            return u[:, :rank]
+        if self.selector == "mid":
+            first = (u.shape[1] - rank) // 2
+            return u[:, first : first + rank]
+        return u[:, torch.randperm(u.shape[1], generator=generator)[:rank].sort().values.to(u.device)]

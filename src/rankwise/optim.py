@@ -1,0 +1,161 @@
+"""The optimizer: parameters grouped by role, and the hooks through which rules and schedules act.
+
+`optimizer(model, lr)` is a real torch optimizer that has the hooks; `attach(model, optimizer)` gives them to a foreign one. A plain loop,
+HF Trainer
+and TRL therefore behave alike, and none can forget an event.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise.adapting import adapted
+from rankwise.errors import TrainingError
+from rankwise.gradients import GradientRule
+from rankwise.schedules import Event
+from rankwise.sites import AdaptedLinear, adapted_sites
+
+
+def roles_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Name of each trained parameter -> (role, parameter). What belongs to no adapter (a head, a bias) has the role 'other'."""
+    by_id: dict[int, str] = {}
+    for module in adapted_sites(model).values():
+        for part in (module.update, module.gain):
+            if part is not None:
+                by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
+    return {name: (by_id.get(id(p), "other"), p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def groups_of(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups, one per role that has parameters, each with its 'role'. Every trained tensor is in exactly one."""
+    groups: dict[str, dict[str, Any]] = {}
+    for role, parameter in roles_of(model).values():
+        group = groups.setdefault(role, {"params": [], "role": role, "lr": lr, "weight_decay": weight_decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def optimizer(
+    model: nn.Module, lr: float | None = None, weight_decay: float = 0.0, kind: Callable[..., Optimizer] = torch.optim.AdamW, **options: Any
+) -> Optimizer:
+    """An optimizer over what trains, grouped by role, that fires rankwise's events.
+
+    Args:
+        model: an adapted model.
+        lr: learning rate; None takes the recipe's own.
+        weight_decay: decoupled decay of every role, before the gradient rule scales it.
+        kind: any optimizer class that takes parameter groups, lr and weight_decay.
+        **options: passed on to it. Plain AdamW runs fused unless told otherwise.
+    """
+    lr = adapted(model).recipe.lr if lr is None else lr
+    if kind is torch.optim.AdamW:
+        options.setdefault("fused", True)
+    made = kind(groups_of(model, lr, weight_decay), lr=lr, weight_decay=weight_decay, **options)
+    return attach(model, made)
+
+
+def attach(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Gives an optimizer rankwise's hooks: regroups its parameters by role, and fires `backward` before and `step` after each step.
+
+    Raises:
+        TrainingError: the optimizer misses parameters that train, or holds frozen ones of the base.
+    """
+    roles = {id(parameter): role for role, parameter in roles_of(model).values()}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, (_, parameter) in roles_of(model).items() if id(parameter) not in held]
+    if missing:
+        raise TrainingError(f"the optimizer does not hold {len(missing)} parameters that train, such as {missing[0]}; make it after adapt")
+    _regroup(optimizer, roles)
+    Session(model, optimizer)
+    return optimizer
+
+
+def _regroup(optimizer: Optimizer, roles: dict[int, str]) -> None:
+    """Splits groups by role, in place, keeping every option; parameters of other models get the role 'other'."""
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_role: dict[str, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_role.setdefault(roles.get(id(parameter), "other"), []).append(parameter)
+        groups.extend({**group, "params": params, "role": role} for role, params in by_role.items())
+    optimizer.param_groups[:] = groups
+
+
+class Session:
+    """The hooks of one optimizer over one adapted model. Holds no closures on parameters that could be copied with the model."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        record = adapted(model)
+        self.model = weakref.ref(model)
+        self.rule: GradientRule = record.recipe.gradient
+        self.schedule = record.recipe.schedule
+        self.steps = 0
+        self.waiting = {name: module for name, module in adapted_sites(model).items() if any(p.requires_grad for p in module.parameters())}
+        self._before: list[tuple[dict[str, Any], Any, Any]] = []
+        self.handles = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
+        for module in adapted_sites(model).values():
+            if module.update is not None:
+                for name, role in module.update.roles.items():
+                    transform = self.rule.transform(module, role)
+                    if transform is not None:
+                        self.handles.append(getattr(module.update, name).register_hook(transform))
+        optimizer.rankwise_session = self  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def fire(self, event: Event, optimizer: Optimizer) -> None:
+        """Calls the schedule, and resets the optimizer state of what it changed."""
+        model = self.model()
+        if model is None:
+            return
+        change = self.schedule.on(event, model, self.steps)
+        for parameter in change.reset if change else ():
+            optimizer.state.pop(parameter, None)
+
+    def _pre(self, optimizer: Optimizer, *_: Any) -> None:
+        self._note_gradients()
+        self.fire("backward", optimizer)
+        # Multipliers act at step time and are taken back after it: schedulers and checkpoints only ever see the base rate.
+        self._before = [(group, group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
+        for group, lr, decay in self._before:
+            role = group.get("role", "other")
+            if (rate := self.rule.rate(role)) != 1.0:
+                group["lr"] = lr * rate
+            if decay and (factor := self.rule.decay(role)) != 1.0:
+                group["weight_decay"] = decay * factor
+
+    def _post(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, lr, decay in self._before:
+            group["lr"] = lr
+            if decay is not None:
+                group["weight_decay"] = decay
+        self._before = []
+        self.steps += 1
+        self.fire("step", optimizer)
+
+    def _note_gradients(self) -> None:
+        for name in [name for name, module in self.waiting.items() if _has_gradient(module)]:
+            del self.waiting[name]
+
+    def check_alive(self) -> None:
+        """Raises TrainingError when a site has had no gradient in any step so far: its adapter would do nothing."""
+        if self.steps and self.waiting:
+            names = list(self.waiting)
+            raise TrainingError(
+                f"{len(names)} of the adapted sites never received a gradient, such as {names[0]}; the model does not use them in its "
+                "forward: take them out with targets.exclude"
+            )
+
+
+def _has_gradient(module: AdaptedLinear) -> bool:
+    gradients: Sequence[Tensor | None] = [
+        p.grad for part in (module.update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
+    ]
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -1,0 +1,267 @@
+"""The plan: which sites, which ranks, how many parameters, how much memory and arithmetic. Touches no tensor; a model on `meta` will do."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rankwise.errors import RecipeError, TargetError
+from rankwise.recipe import Recipe
+from rankwise.sites import (
+    adapted_sites,
+    find_sites,
+    group_of,
+    kind_of,
+    matches,
+    shared_module_paths,
+    tied_names,
+    trained_modules,
+    widths_of,
+)
+from rankwise.updates import Site
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One row of the coverage table: what a pattern matched."""
+
+    pattern: str
+    matched: int  # sites
+    total: int  # linear layers of the model
+    shapes: tuple[str, ...]  # distinct 'out x in'
+    ranks: tuple[int, ...]
+    parameters: int  # trained ones
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What adapting a model with a recipe will do. `str(plan)` is what the command prints."""
+
+    recipe: Recipe
+    sites: tuple[Site, ...]
+    trained_modules: tuple[tuple[str, int], ...]  # (name, parameters)
+    coverage: tuple[Coverage, ...]
+    base_parameters: int
+    base_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def parameters_of(self, site: Site) -> int:
+        """Trained numbers at one site."""
+        return site_parameters(self.recipe, site)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained numbers in all adapters."""
+        return sum(self.parameters_of(site) for site in self.sites)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Trained numbers in all: adapters and modules that train in full."""
+        return self.adapter_parameters + sum(count for _, count in self.trained_modules)
+
+    @property
+    def frozen_adapter_numbers(self) -> int:
+        """Frozen numbers that the adapters hold: frozen factors, starts, DoRA's two constant vectors; VeRA's pool."""
+        count = 0
+        for site in self.sites:
+            slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
+            count += sum(slot.numel for slot in slots.values() if slot.role in self.recipe.frozen_roles)
+            if self.recipe.init.moves_base:
+                count += site.rank * (site.in_features + site.out_features)
+            if self.recipe.gain.name == "dora":
+                count += 2 * site.out_features
+        return count + self.recipe.update.shared_numbers(self.sites)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes, exact: base weights, adapters (fp32 masters), their gradients, AdamW's two moments."""
+        trained = self.trained_parameters
+        return {
+            "base weights": self.base_bytes,
+            "adapters": 4 * (trained + self.frozen_adapter_numbers),
+            "gradients": 4 * trained,
+            "AdamW moments": 8 * trained,
+        }
+
+    def saved_bytes_per_token(self, element: int = 2) -> int:
+        """Bytes that the adapters keep for the backward per token: each distinct input once, each projection, what the gain needs.
+
+        Args:
+            element: bytes of one activation (2 for bf16, 4 for fp32).
+        """
+        trained = self.recipe.update.roles - self.recipe.frozen_roles
+        inputs: set[str] = set()
+        shared: set[str] = set()
+        total = 0
+        for site in self.sites:
+            key = site.group or site.name
+            if "down" in trained and key not in inputs:
+                inputs.add(key)
+                total += site.in_features
+            if trained - {"down"} and site.rank and not (self.recipe.update.shares_down and site.group and key in shared):
+                shared.add(key)
+                total += site.rank
+            if self.recipe.gain.name != "none":
+                total += site.out_features
+        return total * element
+
+    @property
+    def flops_per_token(self) -> dict[str, int]:
+        """Floating-point operations per token and training step, of the adapted layers: the frozen base (forward and input gradient), the
+        branch."""
+        base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
+        branch = sum(6 * site.rank * (site.in_features + site.out_features) for site in self.sites)
+        return {"frozen base": base, "branch": branch}
+
+    def __str__(self) -> str:
+        from rankwise.report import plan_text
+
+        return plan_text(self)
+
+
+def site_parameters(recipe: Recipe, site: Site) -> int:
+    """Trained numbers of a recipe at a site, from shapes alone."""
+    slots = recipe.update.slots(site) | recipe.gain.slots(site)
+    return sum(slot.numel for slot in slots.values() if slot.role not in recipe.frozen_roles)
+
+
+def plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """What `adapt(model, recipe)` will do, without touching a tensor.
+
+    Args:
+        model: the base, on any device, `meta` included; not adapted yet.
+        recipe: the recipe.
+
+    Raises:
+        TargetError: a pattern that matches nothing, a module that cannot be adapted, a shared module, a folded tied weight.
+        RecipeError: a rank larger than a side where that is redundant, a pattern of ranks that matches nothing.
+    """
+    apart = _modules_to_save(model, recipe)
+    found = find_sites(model, recipe.targets, tuple(name for name, _ in apart))
+    tied, shared = tied_names(model), shared_module_paths(model)
+    groups = Counter(group_of(name) for name in found)
+    notes: list[str] = []
+    sites = []
+    for name, (module, pattern) in found.items():
+        kind = kind_of(module)
+        assert kind is not None
+        if id(module) in shared:
+            paths = ", ".join(shared[id(module)])
+            raise TargetError(f"{name} is one module under several paths ({paths}); an adapter would act at all of them; exclude it")
+        width_in, width_out = widths_of(module)
+        rank = int(_last_match(recipe.rank_pattern, name, recipe.rank)) if recipe.update.name != "none" else 0
+        alpha = _last_match(recipe.alpha_pattern, name, 2.0 * recipe.rank if recipe.alpha is None else recipe.alpha)
+        if recipe.update.rank_bounded and rank > min(width_in, width_out):
+            raise RecipeError(
+                f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: the extra factors would be redundant; "
+                f"lower the rank, set rank_pattern for this site, or exclude it"
+            )
+        _check_kind(recipe, name, kind)
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and id(weight) in tied:
+            others = ", ".join(other for other in tied[id(weight)] if other != name)
+            if recipe.base == "fold":
+                raise TargetError(
+                    f"{name} shares its weight with {others}, which base='fold' would change too; use base='keep' or exclude it"
+                )
+            notes.append(f"{name} shares its weight with {others}; merging will give {name} a weight of its own")
+        group = group_of(name) if groups[group_of(name)] > 1 else ""
+        size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        has_bias = getattr(module, "bias", None) is not None
+        scaling = recipe.scaling_of(rank, alpha)
+        sites.append(Site(name, kind, width_in, width_out, rank, scaling, alpha, group, pattern, has_bias, size))
+    for label, patterns in (("rank_pattern", recipe.rank_pattern), ("alpha_pattern", recipe.alpha_pattern)):
+        for pattern in patterns:
+            if not any(matches(pattern, site.name) for site in sites):
+                names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
+                raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
+    if recipe.base == "fold":
+        notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
+    if recipe.gain.name == "propulsion" and any(site.has_bias for site in sites):
+        notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
+    if recipe.update.name == "vera" and recipe.lr < 1e-3:
+        notes.append(f"lr={recipe.lr:g} is low for VeRA, whose vectors need 10 to 100 times LoRA's rate")
+    parameters = list(model.parameters())
+    return Plan(
+        recipe,
+        tuple(sites),
+        tuple((name, sum(p.numel() for p in module.parameters())) for name, module in apart),
+        coverage(recipe, sites, _linear_count(model)),
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        tuple(notes),
+    )
+
+
+def summary(model: nn.Module) -> tuple[Coverage, ...]:
+    """The coverage table of an adapted model, counted from its parameters and not from its recipe."""
+    adapted = adapted_sites(model)
+    if not adapted:
+        raise TargetError("the model has no adapters; call rankwise.adapt(model, recipe) first")
+    total = _linear_count(model) + sum(1 for module in adapted.values() if module.site.kind != "embedding")
+    inside = {id(module.base_layer) for module in adapted.values()}
+    total -= sum(1 for module in model.modules() if id(module) in inside and kind_of(module) in ("linear", "conv1d", "opaque"))
+    counted = {
+        name: sum(p.numel() for part in (module.update, module.gain) if part is not None for p in part.parameters())
+        for name, module in adapted.items()
+    }
+    return _rows([(module.site, counted[name]) for name, module in adapted.items()], total)
+
+
+def coverage(recipe: Recipe, sites: list[Site], total: int) -> tuple[Coverage, ...]:
+    """One row per pattern."""
+    return _rows([(site, site_parameters(recipe, site)) for site in sites], total)
+
+
+def _rows(counted: list[tuple[Site, int]], total: int) -> tuple[Coverage, ...]:
+    rows = []
+    for pattern in dict.fromkeys(site.pattern for site, _ in counted):
+        mine = [(site, count) for site, count in counted if site.pattern == pattern]
+        shapes = tuple(dict.fromkeys(f"{site.out_features} x {site.in_features}" for site, _ in mine))
+        ranks = tuple(sorted({site.rank for site, _ in mine}))
+        rows.append(Coverage(pattern, len(mine), total, shapes, ranks, sum(count for _, count in mine)))
+    return tuple(rows)
+
+
+def _linear_count(model: nn.Module) -> int:
+    from rankwise.sites import AdaptedLinear
+
+    return sum(
+        1 for module in model.modules() if not isinstance(module, AdaptedLinear) and kind_of(module) in ("linear", "conv1d", "opaque")
+    )
+
+
+def _modules_to_save(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
+    found: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for pattern in recipe.modules_to_save:
+        mine = {name: module for name, module in modules.items() if name and matches(pattern, name)}
+        if not mine:
+            from rankwise.errors import nearest
+
+            names = {name.rpartition(".")[2] for name in modules if name}
+            raise TargetError(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, names)}")
+        found.update(mine)
+    # a module inside another one that trains in full is trained with it
+    return [(name, module) for name, module in found.items() if not any(name.startswith(other + ".") for other in found)]
+
+
+def _last_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+    value = default
+    for pattern, given in patterns.items():
+        if matches(pattern, name):
+            value = given
+    return value
+
+
+def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
+    if kind != "embedding":
+        return
+    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.init.moves_base or recipe.gradient.name == "lora-fa":
+        raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
+    if recipe.dropout:
+        raise TargetError(f"{name} is an embedding, whose token ids cannot be dropped; use dropout=0 or exclude it")
+
+
+__all__ = ["Coverage", "Plan", "plan", "summary", "trained_modules"]

@@ -1,0 +1,328 @@
+"""A recipe: one choice on each axis, plus rank, scaling, targets and frozen roles. Legality, and the way to and from JSON."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rankwise.errors import RecipeError, nearest
+from rankwise.gains import GAINS, GainChoice, NoGain
+from rankwise.gradients import GRADIENTS, GradientRule, Plain
+from rankwise.inits import INITS, Init, Kaiming
+from rankwise.routing import ROUTINGS, Everywhere
+from rankwise.schedules import SCHEDULES, Constant, Schedule
+from rankwise.storage import STORAGES, Keep
+from rankwise.updates import UPDATES, LowRank, UpdateChoice
+
+AXES: dict[str, Mapping[str, type[Any]]] = {
+    "update": UPDATES,
+    "gain": GAINS,
+    "init": INITS,
+    "gradient": GRADIENTS,
+    "schedule": SCHEDULES,
+    "storage": STORAGES,
+    "routing": ROUTINGS,
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which modules are adapted.
+
+    include: patterns; each must match something. 'all-linear' (every linear layer but the output head), a name or a dotted suffix
+        ('q_proj', 'mlp.up_proj'), or a regular expression after 're:' that must match the whole module path.
+    exclude: patterns taken out again.
+    layers: a range over the first number in the module path, such as '0-3,8'; None means all.
+    """
+
+    include: tuple[str, ...] = ("all-linear",)
+    exclude: tuple[str, ...] = ()
+    layers: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One low-rank method: a choice on each of the seven axes and the numbers that go with it. Immutable; `replace` makes variants.
+
+    rank: inner size of the factors. alpha: numerator of the scaling, None for twice the rank.
+    scaling: 'lora' for alpha / rank, 'rslora' for alpha / sqrt(rank).
+    dropout: probability on the branch's input, in training.
+    base: for starts that are not zero: 'keep' subtracts the frozen start in the forward and leaves the base untouched, 'fold' writes the
+        residual into the base.
+    frozen: roles that do not train, on top of those that the update itself never trains.
+    rank_pattern, alpha_pattern: target pattern -> value for the sites it matches; the last match wins.
+    modules_to_save: names of modules that train in full beside the adapters, such as a classification head.
+    lr, lr_bracket: the recipe's own learning rate for AdamW and the range worth searching.
+    """
+
+    name: str = "lora"
+    update: UpdateChoice = LowRank()
+    gain: GainChoice = NoGain()
+    init: Init = Kaiming()
+    gradient: GradientRule = Plain()
+    schedule: Schedule = Constant()
+    storage: Keep = Keep()
+    routing: Everywhere = Everywhere()
+    rank: int = 16
+    alpha: float | None = None
+    scaling: Literal["lora", "rslora"] = "lora"
+    dropout: float = 0.0
+    base: Literal["keep", "fold"] = "keep"
+    frozen: frozenset[str] = frozenset()
+    targets: Targets = Targets()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 0
+    lr: float = 2e-4
+    lr_bracket: tuple[float, float] = (5e-5, 2e-3)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def frozen_roles(self) -> frozenset[str]:
+        """All roles that do not train."""
+        return self.frozen | self.update.frozen
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        """The number that multiplies the update."""
+        if not self.update.scaled or rank == 0:
+            return 1.0
+        return alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """A copy with some fields changed. An axis takes a choice, its name, or a dict {name, option: value}; `name` follows the
+        changes."""
+        changes = {key: _coerce(key, value) for key, value in changes.items()}
+        made = dataclasses.replace(self, **changes)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, complete: `from_dict` gives an equal recipe."""
+        plain: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name in AXES:
+                plain[item.name] = {"name": value.name, **dataclasses.asdict(value)}
+            elif isinstance(value, Targets):
+                plain[item.name] = {"include": list(value.include), "exclude": list(value.exclude), "layers": value.layers}
+            elif isinstance(value, frozenset):
+                plain[item.name] = sorted(value)
+            elif isinstance(value, tuple):
+                plain[item.name] = list(value)
+            else:
+                plain[item.name] = dict(value) if isinstance(value, Mapping) else value
+        return plain
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> "Recipe":
+        """The recipe of `to_dict`. Unknown fields, axes' values and options are refused, never imported."""
+        known = {item.name for item in dataclasses.fields(Recipe)}
+        for key in plain:
+            if key not in known:
+                raise RecipeError(f"unknown recipe field {key!r}{nearest(key, known)}")
+        return Recipe(**{key: _coerce(key, value) for key, value in plain.items()})
+
+
+def _coerce(key: str, value: Any) -> Any:
+    """JSON and shorthand values into the field's own type."""
+    if key in AXES:
+        return choice(key, value)
+    if key == "targets":
+        return targets(value)
+    if key == "frozen":
+        return frozenset(value)
+    if key in ("modules_to_save", "lr_bracket"):
+        return tuple(value)
+    return value
+
+
+def targets(value: Any) -> Targets:
+    """Targets from a Targets, a pattern, a list of patterns or a dict {include, exclude, layers}."""
+    if isinstance(value, Targets):
+        return value
+    if isinstance(value, str):
+        return Targets((value,))
+    if isinstance(value, Mapping):
+        known = {"include", "exclude", "layers"}
+        for key in value:
+            if key not in known:
+                raise RecipeError(f"unknown key {key!r} under targets{nearest(str(key), known)}; use include, exclude, layers")
+
+        def patterns(given: Any) -> tuple[str, ...]:
+            return (given,) if isinstance(given, str) else tuple(given)
+
+        layers = value.get("layers")
+        include = patterns(value.get("include", ("all-linear",)))
+        return Targets(include, patterns(value.get("exclude", ())), None if layers is None else str(layers))
+    return Targets(tuple(value))
+
+
+def choice(axis: str, value: Any) -> Any:
+    """One value of an axis, from a choice, a name or a dict {name, option: value}."""
+    known = AXES[axis]
+    if isinstance(value, tuple(known.values())):
+        return value
+    options: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        options = {str(key): option for key, option in value.items()}
+        value = options.pop("name", None)
+    if not isinstance(value, str) or value not in known:
+        raise RecipeError(f"{axis}={value!r} is unknown; use one of {', '.join(map(repr, known))}{nearest(str(value), known)}")
+    return build_choice(known[value], options, f"{axis}={value!r}")
+
+
+def build_choice(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """A frozen dataclass from options, each checked against its declared type."""
+    declared = {item.name: item for item in dataclasses.fields(kind)}
+    for key in options:
+        if key not in declared:
+            takes = ", ".join(declared) or "no options"
+            raise RecipeError(f"{where} has no option {key!r}{nearest(key, declared)} (it takes {takes})")
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(map(str, first["loc"])) or "an option"
+        raise RecipeError(f"{where}: {option}={first.get('input')!r} is not valid: {first['msg']}") from None
+
+
+# --- legality: each forbidden pair once, with its reason -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """A forbidden pair of recipe properties and why. `first` and `second` are what a table prints."""
+
+    first: str
+    second: str
+    reason: str
+    applies: Callable[[Recipe], bool]
+
+
+def _is(axis: str, *names: str) -> Callable[[Recipe], bool]:
+    return lambda recipe: getattr(recipe, axis).name in names
+
+
+def _both(left: Callable[[Recipe], bool], right: Callable[[Recipe], bool]) -> Callable[[Recipe], bool]:
+    return lambda recipe: left(recipe) and right(recipe)
+
+
+def _moves(recipe: Recipe) -> bool:
+    return recipe.init.moves_base
+
+
+def _frozen(*roles: str) -> Callable[[Recipe], bool]:
+    return lambda recipe: set(roles) <= recipe.frozen_roles
+
+
+LEGALITY: tuple[Forbidden, ...] = (
+    Forbidden(
+        "update=none", "gain=none", "nothing would train; choose an update or a gain", _both(_is("update", "none"), _is("gain", "none"))
+    ),
+    Forbidden(
+        "an update with a start of its own (vera, none)",
+        "an init other than own",
+        "VeRA's vectors have a fixed start and its pair is the shared pool, and a gain alone has nothing to start; use init='own'",
+        lambda recipe: recipe.update.own_start and not recipe.init.own,
+    ),
+    Forbidden(
+        "an update made of a pair (lora, moslora)",
+        "init=own",
+        "the pair needs a start; use init='kaiming' or another",
+        lambda recipe: recipe.init.own and not recipe.update.own_start,
+    ),
+    Forbidden(
+        "update=moslora with a mixer that is not orthogonal",
+        "an init that moves the base",
+        "the mixer must be absorbed by the pair without loss; use mixer='orthogonal' or 'identity'",
+        _both(lambda recipe: getattr(recipe.update, "mixer", "orthogonal") not in ("orthogonal", "identity"), _moves),
+    ),
+    Forbidden(
+        "gradient=lora-fa",
+        "update other than lora",
+        "the correction is the closed form for one pair without a core; use update='lora'",
+        _both(_is("gradient", "lora-fa"), lambda recipe: recipe.update.name != "lora"),
+    ),
+    Forbidden(
+        "gradient=lora-fa",
+        "down trained",
+        "the correction holds for a `down` that never changes; add frozen={'down'}",
+        _both(_is("gradient", "lora-fa"), lambda recipe: recipe.update.name == "lora" and "down" not in recipe.frozen_roles),
+    ),
+    Forbidden(
+        "gradient=lora-fa",
+        "up frozen",
+        "only `up` has a corrected gradient, and it would not train; remove 'up' from frozen",
+        _both(_is("gradient", "lora-fa"), _frozen("up")),
+    ),
+    Forbidden(
+        "gradient=lora-plus",
+        "update=none",
+        "there is no output-side factor whose rate could differ; use gradient='plain'",
+        _both(_is("gradient", "lora-plus"), _is("update", "none")),
+    ),
+    Forbidden(
+        "base=fold",
+        "an init that does not move the base",
+        "the start is zero, so there is nothing to fold; use base='keep'",
+        lambda recipe: recipe.base == "fold" and not _moves(recipe),
+    ),
+    Forbidden(
+        "base=fold",
+        "dropout",
+        "dropout would drop a part of the pretrained function, which stands in the branch; use dropout=0 or base='keep'",
+        lambda recipe: recipe.base == "fold" and recipe.dropout > 0,
+    ),
+    Forbidden(
+        "init=random-up",
+        "down frozen",
+        "`down` starts at zero and would stay there; use init='orthonormal' or 'kaiming'",
+        _both(_is("init", "random-up"), _frozen("down")),
+    ),
+    Forbidden(
+        "an init with up = 0",
+        "up frozen",
+        "`up` starts at zero and would stay there; use init='random-up' or an init that moves the base",
+        _both(_is("init", "kaiming", "gaussian", "orthonormal"), _frozen("up")),
+    ),
+    Forbidden(
+        "all roles of the update frozen",
+        "gain=none",
+        "nothing would train; unfreeze a role or choose a gain",
+        lambda recipe: recipe.gain.name == "none" and not recipe.update.roles - recipe.frozen_roles,
+    ),
+)
+
+
+ROLES = frozenset({"down", "up", "core", "tail"})
+
+
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError for numbers out of range and for every forbidden pair; warns where a pair is legal but pointless."""
+    if not (isinstance(recipe.rank, int) and not isinstance(recipe.rank, bool) and recipe.rank >= 1):
+        raise RecipeError(f"rank={recipe.rank!r} must be a whole number of at least 1")
+    for pattern, rank in recipe.rank_pattern.items():
+        if not (isinstance(rank, int) and rank >= 1):
+            raise RecipeError(f"rank_pattern[{pattern!r}]={rank!r} must be a whole number of at least 1")
+    for label, alpha in [("alpha", recipe.alpha), *((f"alpha_pattern[{key!r}]", value) for key, value in recipe.alpha_pattern.items())]:
+        if alpha is not None and not alpha > 0:
+            raise RecipeError(f"{label}={alpha!r} must be above 0")
+    if not 0 <= recipe.dropout < 1:
+        raise RecipeError(f"dropout={recipe.dropout!r} must be at least 0 and below 1")
+    if recipe.scaling not in ("lora", "rslora"):
+        raise RecipeError(f"scaling={recipe.scaling!r} is unknown; use 'lora' (alpha / rank) or 'rslora' (alpha / sqrt(rank))")
+    if recipe.base not in ("keep", "fold"):
+        raise RecipeError(f"base={recipe.base!r} is unknown; use 'keep' or 'fold'")
+    if unknown := recipe.frozen - ROLES:
+        raise RecipeError(f"frozen={sorted(unknown)} are no roles; use {', '.join(sorted(ROLES))}")
+    for row in LEGALITY:
+        if row.applies(recipe):
+            raise RecipeError(f"{row.first} cannot be combined with {row.second}: {row.reason}")
+    if recipe.gradient.name == "lora-plus" and "down" in recipe.frozen_roles and recipe.update.name == "lora":
+        warnings.warn("lora-plus with a frozen `down` only multiplies the learning rate of `up`; raise lr instead", stacklevel=3)

@@ -1,0 +1,105 @@
+"""One function per paper: a named recipe on the seven axes. `RECIPES` maps the names used in configuration files to these functions.
+
+Every function takes the fields of `Recipe` as keywords (rank, alpha, dropout, targets, ...) beside the method's own options. Learning
+rates are for
+AdamW; a bracket is what is worth searching.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rankwise.gains import Dora, Propulsion
+from rankwise.gradients import LoraFa, LoraPlus, Plain
+from rankwise.inits import Kaiming, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
+from rankwise.recipe import Recipe, _coerce
+from rankwise.updates import Mixer, NoUpdate, Vera
+
+
+def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
+    return Recipe(**defaults | {key: _coerce(key, value) for key, value in fields.items()})
+
+
+def lora(**fields: Any) -> Recipe:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685). rsLoRA is `scaling='rslora'`, alpha over the square root of the rank."""
+    return _recipe(fields, name="lora")
+
+
+def rslora(**fields: Any) -> Recipe:
+    """LoRA with alpha over the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732)."""
+    return _recipe(fields, name="rslora", scaling="rslora")
+
+
+def lora_plus(ratio: float = 16.0, scale_weight_decay: bool = True, start: Literal["down", "up"] = "down", **fields: Any) -> Recipe:
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): `up` learns `ratio` times faster.
+
+    start='up' makes `up` the random factor and `down` the zero one, as the official experiments ran.
+    """
+    rule = LoraPlus(ratio, scale_weight_decay)
+    init = Kaiming() if start == "down" else RandomUp()
+    return _recipe(fields, name="lora-plus", gradient=rule, init=init, lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
+def lora_fa(variant: Literal["plain", "corrected"] = "plain", **fields: Any) -> Recipe:
+    """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): `down` stays frozen. 'plain' is version 1 of the paper, 'corrected' version 2."""
+    rule = LoraFa() if variant == "corrected" else Plain()
+    return _recipe(fields, name="lora-fa", gradient=rule, init=Orthonormal(), frozen=frozenset({"down"}), lr=4e-4, lr_bracket=(7e-5, 4e-3))
+
+
+def dora(norm_grad: Literal["detached", "full"] = "detached", **fields: Any) -> Recipe:
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA on the direction, a trained length for each row."""
+    return _recipe(fields, name="dora", gain=Dora(norm_grad))
+
+
+def pissa(
+    svd: Literal["auto", "exact", "randomized"] = "auto", oversample: int | None = None, iterations: int = 4, **fields: Any
+) -> Recipe:
+    """PiSSA (Meng et al. 2024, arXiv 2404.02948): starts at the principal singular components. alpha = rank, as everywhere in the paper."""
+    fields.setdefault("alpha", fields.get("rank", 16))
+    return _recipe(fields, name="pissa", init=Pissa(svd, oversample, iterations), lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
+def milora_svd(
+    selector: Literal["min", "mid", "max", "random"] = "min", balance: Literal["sqrt", "unit"] = "sqrt", **fields: Any
+) -> Recipe:
+    """MiLoRA with minor components (Wang et al. 2024, arXiv 2406.09044): starts at the smallest singular components. alpha = rank."""
+    fields.setdefault("alpha", fields.get("rank", 16))
+    return _recipe(fields, name="milora-svd", init=MinorComponents(selector, balance), lr=3e-4, lr_bracket=(5e-5, 3e-3))
+
+
+def olora(**fields: Any) -> Recipe:
+    """OLoRA (Buyukakyuz 2024, arXiv 2406.01775): starts at the QR decomposition. alpha = rank, so that the scaling is 1."""
+    fields.setdefault("alpha", fields.get("rank", 16))
+    return _recipe(fields, name="olora", init=OLora(), lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
+def moslora(mixer: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal", **fields: Any) -> Recipe:
+    """MoSLoRA (Wu et al. 2024, arXiv 2406.11909): a trained mixer between the factors. 'kaiming' is the paper's start of the mixer."""
+    if mixer == "butterfly":
+        fields.setdefault("frozen", frozenset({"core"}))
+    return _recipe(fields, name="moslora", update=Mixer(mixer))
+
+
+def vera(d_initial: float = 0.1, pool_seed: int = 0, sharing: Literal["max-slice", "per-shape"] = "max-slice", **fields: Any) -> Recipe:
+    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): trained vectors on a frozen random pair that all sites share."""
+    fields.setdefault("rank", 256)
+    return _recipe(fields, name="vera", update=Vera(d_initial, pool_seed, sharing), init=Own(), lr=4e-3, lr_bracket=(1e-3, 5e-2))
+
+
+def propulsion(degree: int = 15, **fields: Any) -> Recipe:
+    """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
+    return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "lora": lora,
+    "rslora": rslora,
+    "lora-plus": lora_plus,
+    "lora-fa": lora_fa,
+    "dora": dora,
+    "pissa": pissa,
+    "milora-svd": milora_svd,
+    "olora": olora,
+    "moslora": moslora,
+    "vera": vera,
+    "propulsion": propulsion,
+}

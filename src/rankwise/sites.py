@@ -1,0 +1,370 @@
+"""Finding the linear layers that a recipe targets, and the module that stands in for one of them."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.equation import SharedProjection, Start, dense_update, operate
+from rankwise.errors import TargetError, nearest
+from rankwise.gains import Gain
+from rankwise.recipe import Targets
+from rankwise.storage import Storage, storage_of
+from rankwise.storage.dense import is_conv1d
+from rankwise.updates import Site, Update
+
+# Siblings that read one input: names of modules under one parent, in the families this project knows.
+SHARED_INPUT: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+# In cross-attention the query reads the decoder, key and value read the encoder.
+_CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
+
+
+class Offset(nn.Module):
+    """The frozen start of a method that begins away from zero; buffers, saved with adapters so that no decomposition is ever repeated."""
+
+    down: Tensor  # (rank, in)
+    up: Tensor  # (out, rank)
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        # contiguous copies: slices of a decomposition would keep all of it alive
+        self.register_buffer("down", down.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer("up", up.detach().clone(memory_format=torch.contiguous_format))
+
+    def start(self) -> Start:
+        """As the equation takes it."""
+        return Start(self.down, self.up)
+
+
+class AdaptedLinear(nn.Module):
+    """Stands in for one base layer: the base, one update, and where needed an offset and a gain.
+
+    Shapes: x (..., in) -> (..., out); at an embedding x holds token ids. `enabled` False gives the base alone. `folded` says that the
+    start was
+    written into the base, so that the forward does not subtract it and the disabled forward adds it back.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        site: Site,
+        update: Update | None,
+        gain: Gain | None,
+        offset: Offset | None,
+        dropout: float,
+        folded: bool = False,
+        shared: SharedProjection | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.update = update
+        self.gain = gain
+        self.offset = offset
+        self.site = site
+        self.dropout = dropout
+        self.folded = folded
+        self.shared = shared
+        self.enabled = True
+        self.merged = False
+        self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
+
+    @property
+    def storage(self) -> Storage:
+        """How the base layer holds its weight."""
+        return storage_of(self.base_layer)
+
+    def subtracted(self) -> Start | None:
+        """The start that the forward subtracts: none where there is none or where it is folded into the base."""
+        return None if self.offset is None or self.folded else self.offset.start()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.enabled:
+            return self._base_forward(x)
+        if self.merged:
+            return self.base_layer(x)
+        storage, update = self.storage, self.update
+        factors = None if update is None else update.factors()
+        start = self.subtracted()
+        gain = None if self.gain is None else self.gain(self.base_layer, storage, factors, start)
+        return operate(
+            x,
+            self.base_layer,
+            storage,
+            factors,
+            start,
+            gain,
+            self.dropout if self.training else 0.0,
+            None if update is None else update.token_core,
+            self.shared,
+        )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        if self.folded and self.offset is not None:  # the base holds W - start: give the start back
+            h = nn.functional.linear(x.to(y.dtype), self.offset.down.to(y.dtype))
+            y = y + nn.functional.linear(h, (self.offset.up * self.site.scaling).to(y.dtype))
+        return y
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """gain * (W + update - start), dense (out, in), in fp32 (fp64 for an fp64 base); the base layer is not touched."""
+        if self.update is not None and self.update.token_core is not None:
+            raise TargetError(f"{self.site.name} cannot be merged: its update depends on the token")
+        storage = self.storage
+        weight = storage.read(self.base_layer)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        factors = None if self.update is None else self.update.factors()
+        start = self.subtracted()
+        delta = dense_update(factors, start)
+        gain = None if self.gain is None else self.gain(self.base_layer, storage, factors, start)
+        if delta is not None:
+            weight = weight + delta.to(weight.dtype)
+        return weight if gain is None else weight * gain.to(weight.dtype)[:, None]
+
+    # what other code reads of a linear layer
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return cast("Tensor | None", getattr(self.base_layer, "bias", None))
+
+    @property
+    def in_features(self) -> int:
+        """Input width."""
+        return self.site.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Output width."""
+        return self.site.out_features
+
+    def extra_repr(self) -> str:
+        return f"{self.site.in_features} -> {self.site.out_features}, rank={self.site.rank}, scaling={self.site.scaling:g}"
+
+
+class TrainedModule(nn.Module):
+    """A module that trains in full beside the adapters (a classification head); the original is kept for `disabled` and `unadapt`."""
+
+    def __init__(self, base_layer: nn.Module, trained: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trained = trained
+        self.name = name
+        self.enabled = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.trained if self.enabled else self.base_layer)(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The trained weight, where other code reads one."""
+        return cast(Tensor, self.trained.weight)
+
+
+def adapted_sites(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Site name -> AdaptedLinear, in the model's order."""
+    return {module.site.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
+
+
+def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
+    """Name -> TrainedModule."""
+    return {module.name: module for module in model.modules() if isinstance(module, TrainedModule)}
+
+
+@contextmanager
+def switched(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """All sites and trained modules of a model on or off, as they were before at the end."""
+    modules = [module for module in model.modules() if isinstance(module, AdaptedLinear | TrainedModule)]
+    before = [module.enabled for module in modules]
+    try:
+        for module in modules:
+            module.enabled = enabled
+        yield
+    finally:
+        for module, flag in zip(modules, before, strict=True):
+            module.enabled = flag
+
+
+# --- matching --------------------------------------------------------------------------------------------------------------------------
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """'linear', 'conv1d', 'embedding', 'opaque' (called, never looked into), or None for what cannot be adapted."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if is_conv1d(module):
+        return "conv1d"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(width, int) for width in widths) and not isinstance(module, nn.Bilinear):
+        return "opaque"
+    return None
+
+
+def widths_of(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of an adaptable module."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if is_conv1d(module):
+        rows, columns = cast(Tensor, module.weight).shape
+        return rows, columns
+    return cast(int, module.in_features), cast(int, module.out_features)
+
+
+def layer_number(name: str) -> int | None:
+    """The first number in a module path: the layer's index in every family this project knows."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def layer_range(text: str) -> set[int]:
+    """'0-3,8' -> {0, 1, 2, 3, 8}."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise TargetError(f"layers={text!r}: {part.strip()!r} is no layer or range; write for example '0-3,8'")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return numbers
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern (a name, a dotted suffix, or 're:' and an expression for the whole path) matches a module path."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"target {pattern!r} is not a valid regular expression: {error}") from None
+    return name == pattern or name.endswith("." + pattern)
+
+
+def find_sites(model: nn.Module, targets: Targets, apart: tuple[str, ...] = ()) -> dict[str, tuple[nn.Module, str]]:
+    """Module path -> (module, pattern) of what the targets name, in the model's order.
+
+    Args:
+        targets: what to include, exclude and in which layers.
+        apart: names of modules that train in full; they are no sites, nor is what lies inside them.
+
+    Raises:
+        TargetError: a pattern matches nothing (near misses are named), or names something that cannot be adapted.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(module, AdaptedLinear) for module in modules.values()):
+        raise TargetError("the model is adapted already; take the adapters off with rankwise.unadapt(model) first")
+    layers = None if targets.layers is None else layer_range(targets.layers)
+    head = _output_head(model)
+    found: dict[str, tuple[nn.Module, str]] = {}
+    counts = dict.fromkeys(targets.include, 0)
+    for pattern in targets.include:
+        for name, module in modules.items():
+            if any(matches(part, name) or any(matches(part, name[:end]) for end in _dots(name)) for part in apart):
+                continue
+            kind = kind_of(module)
+            if pattern == "all-linear":
+                hit = kind in ("linear", "conv1d", "opaque") and module is not head and not _inside_attention(modules, name)
+            else:
+                hit = bool(name) and matches(pattern, name)
+                if hit and kind is None:
+                    if pattern.startswith("re:"):
+                        continue  # an expression may well cover containers
+                    raise TargetError(
+                        f"target {pattern!r} matches {name}, a {type(module).__name__}, which is no linear layer; "
+                        f"name the linear layers inside it{_inside(modules, name)}"
+                    )
+                if hit and _inside_attention(modules, name):
+                    raise TargetError(
+                        f"target {pattern!r} matches {name}, whose weight torch's MultiheadAttention reads past any replacement: "
+                        "an adapter there would do nothing; leave it out"
+                    )
+            if not hit:
+                continue
+            counts[pattern] += 1
+            if layers is not None and layer_number(name) not in layers:
+                continue
+            if not any(matches(excluded, name) for excluded in targets.exclude):
+                found.setdefault(name, (module, pattern))
+    for pattern, count in counts.items():
+        if count == 0:
+            raise TargetError(f"target {pattern!r} matches nothing{_near_misses(pattern, modules)}")
+    for pattern in targets.exclude:
+        if not any(matches(pattern, name) for name in modules):
+            raise TargetError(f"targets.exclude: {pattern!r} matches nothing{_near_misses(pattern, modules)}")
+    if not found:
+        rest = f"layers={targets.layers!r} and " if targets.layers else ""
+        raise TargetError(
+            f"no site is left: {rest}exclude={list(targets.exclude)} take out all that include={list(targets.include)} matches"
+        )
+    return {name: found[name] for name in modules if name in found}
+
+
+def _dots(name: str) -> list[int]:
+    return [index for index, character in enumerate(name) if character == "."]
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return cast("nn.Module | None", getter()) if callable(getter) else None
+
+
+def _inside_attention(modules: dict[str, nn.Module], name: str) -> bool:
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, module in modules.items() if name and kind_of(module)})
+
+
+def _inside(modules: dict[str, nn.Module], name: str) -> str:
+    inside = sorted({path.rpartition(".")[2] for path, module in modules.items() if path.startswith(name + ".") and kind_of(module)})
+    return f": {', '.join(inside)}" if inside else ""
+
+
+def _near_misses(pattern: str, modules: dict[str, nn.Module]) -> str:
+    names = _linear_names(modules)
+    last = pattern.removeprefix("re:").rpartition(".")[2]
+    clause = nearest(last, names) or nearest(pattern, names)
+    return f"{clause} The model's linear layers are named: {', '.join(names) or 'none'}"
+
+
+def group_of(name: str) -> str:
+    """An identifier shared by the siblings that read the same input, or an empty string."""
+    parent, _, last = name.rpartition(".")
+    for members in SHARED_INPUT:
+        if last in members:
+            if members[0] in ("q_proj", "query", "q", "q_lin") and _CROSS.search(parent) and last == members[0]:
+                return ""
+            return f"{parent}:{'/'.join(members)}"
+    return ""
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """id of each parameter that stands under several module paths -> these paths."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def shared_module_paths(model: nn.Module) -> dict[int, list[str]]:
+    """id of each module object that stands under several paths -> these paths."""
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(name)
+    return {key: names for key, names in paths.items() if len(names) > 1}

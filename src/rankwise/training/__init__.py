@@ -1,0 +1,1 @@
+"""Training from one configuration: data, trainers, metrics, resume."""

@@ -1,0 +1,130 @@
+"""Update axis: what the factors are. A choice (frozen dataclass) says which tensors an update owns; its module maps them to Factors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.equation import Factors
+from rankwise.errors import RecipeError
+
+Role = Literal["down", "up", "core", "tail", "gain", "gate", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One linear layer that a recipe adapts: shapes and numbers, no tensor."""
+
+    name: str  # dotted module path
+    kind: str  # linear, conv1d, embedding or opaque
+    in_features: int
+    out_features: int
+    rank: int  # 0 for a site without factors
+    scaling: float
+    alpha: float = 0.0
+    group: str = ""  # sites with the same non-empty group read the same input
+    pattern: str = ""  # the target pattern that matched
+    has_bias: bool = False
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of an update or gain at one site: its role, its shape and its name in adapter files."""
+
+    role: Role
+    shape: tuple[int, ...]
+    key: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Part(nn.Module):
+    """Abstract: a module that holds the tensors of its slots, the frozen ones as buffers, so that nothing can thaw them."""
+
+    def __init__(self, slots: Mapping[str, Slot], frozen: frozenset[str], device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.slots = dict(slots)
+        for name, slot in slots.items():
+            tensor = torch.zeros(slot.shape, device=device, dtype=dtype)
+            if slot.role in frozen:
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Parameter name -> role, of the tensors that train."""
+        return {name: slot.role for name, slot in self.slots.items() if name in self._parameters}
+
+    @torch.no_grad()
+    def put(self, **values: Tensor) -> None:
+        """Copies values into slots by name."""
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+
+
+class Update(Part, ABC):
+    """Abstract: an update at one site. Final subclasses say what the factors are."""
+
+    def __init__(
+        self, choice: Any, site: Site, frozen: frozenset[str], device: torch.device, dtype: torch.dtype, shared: nn.Module | None
+    ) -> None:
+        super().__init__(choice.slots(site), frozen, device, dtype)
+        self.choice = choice
+        self.scaling = site.scaling
+        if shared is not None:
+            raise RecipeError(f"{type(self).__name__} takes no shared tensors")
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The factors as they stand now; never sees x."""
+
+    @abstractmethod
+    def begin(self, down: Tensor | None, up: Tensor | None, moves: bool, generator: torch.Generator) -> None:
+        """Takes the starting pair (rank, in), (out, rank); with `moves`, the product of the factors must equal up @ down."""
+
+    #: (x, h) -> core . h for cores that depend on the token; None where the core is constant
+    token_core: Any = None
+
+
+class UpdateChoice(ABC):
+    """Abstract: one value of the update axis. Final subclasses are frozen dataclasses of options."""
+
+    name: ClassVar[str]
+    module: ClassVar[type[Update] | None]
+    #: roles that this update can train
+    roles: ClassVar[frozenset[str]]
+    #: whether the update brings its own starting values, so that an init has no say
+    own_start: ClassVar[bool] = False
+    #: roles that this update never trains
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    #: whether alpha / rank applies
+    scaled: ClassVar[bool] = True
+    #: whether a rank larger than a side is redundant, so refused
+    rank_bounded: ClassVar[bool] = True
+    #: whether sites of one group share `down` (and so `down @ x`)
+    shares_down: ClassVar[bool] = False
+    #: whether the core is the same for all tokens
+    constant_core: ClassVar[bool] = True
+
+    @abstractmethod
+    def slots(self, site: Site) -> dict[str, Slot]:
+        """The tensors that one site owns."""
+
+    def shared(self, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+        """Tensors that all sites share, made once for the model; None where there are none."""
+        return None
+
+    def shared_numbers(self, sites: Sequence[Site]) -> int:
+        """How many frozen numbers `shared` holds."""
+        return 0
