@@ -2,8 +2,9 @@
 
     python -m benchmarks.train_step --shape 60M --method lora --dtype bf16
 
-The floor is the frozen base's own forward and input gradient: what no adapter can avoid. overhead = step / floor - 1. Before timing, loss and
-adapter gradients of rankwise are compared with PEFT's on the same weights, so that both sides are known to do the same work.
+The floor is the frozen base's own forward and input gradient: what no adapter can avoid. overhead = step / floor - 1.
+Before timing, loss and adapter gradients of rankwise are compared with PEFT's on the same weights, so that both sides are
+known to do the same work.
 """
 
 import argparse

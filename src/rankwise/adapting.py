@@ -204,7 +204,10 @@ class Reference(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["adapted_model"], name)
+            model = self.__dict__.get("adapted_model")
+            if model is None:
+                raise
+            return getattr(model, name)
 
 
 def reference(model: nn.Module) -> Reference:
@@ -229,12 +232,12 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     sites = adapted_sites(model)
     if any(module.merged for module in sites.values()):
         raise TargetError("the model is merged already; call rankwise.unmerge(model) first")
-    new = {name: module.merged_weight() for name, module in sites.items()} if not keep_base else {}
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(torch.isfinite(p).all())]
+    if broken:
+        raise TargetError(f"{broken[0]} is not finite, so nothing was merged; the adapter is broken: take an earlier checkpoint")
     for name, module in sites.items():
         _untie(model, module)
-        weight = new.pop(name) if name in new else module.merged_weight()
-        if not bool(torch.isfinite(weight).all()):
-            raise TargetError(f"the merged weight of {name} is not finite; the adapter is broken")
+        weight = module.merged_weight()
         storage = module.storage
         if keep_base:
             module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
