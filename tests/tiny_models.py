@@ -11,6 +11,8 @@ from rankwise.sites import AdaptedLinear, adapted_sites
 
 VOCABULARY = 67
 
+torch.set_num_threads(1)  # the models are far too small for more
+
 
 def _spread(model: nn.Module) -> nn.Module:
     """Weights of order 1 / sqrt(in) and biases that are not zero, so that nothing can hide in small numbers."""
