@@ -295,7 +295,7 @@ LEGALITY: tuple[Forbidden, ...] = (
         "all roles of the update frozen",
         "gain=none",
         "nothing would train; unfreeze a role or choose a gain",
-        lambda recipe: recipe.gain.name == "none" and not recipe.update.roles - recipe.frozen_roles,
+        lambda recipe: recipe.gain.name == "none" and recipe.update.name != "none" and not recipe.update.roles - recipe.frozen_roles,
     ),
 )
 
