@@ -303,7 +303,7 @@ def fused_form(
         y = _Base.apply(x, bias, storage, *weights)
     elif shared is not None:
         y = _Base.apply(x, bias, storage, *weights)
-        h = shared.project(x, factors.down, y.dtype, dropout)
+        h = shared.project(x, factors.down, y.dtype, dropout, id(weights[0]))
         y = _Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling)
     else:
         seed = draw_seed() if dropout else 0
@@ -374,8 +374,9 @@ def _times(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 class SharedProjection:
     """`down @ x`, made once for the sites of a group that read one input through one `down` (VeRA's q, k, v).
 
-    Holds the projection only until every member has taken it, and only for the very tensor it was made from: a recomputed
-    block brings a new x and gets a projection of its own. Copies and pickles are empty.
+    Holds the projection only until every member has taken it once, and only for the very tensor it was made from: a recomputed
+    block brings a new x and gets a projection of its own, and so does a member that comes a second time with the same x. Copies and
+    pickles are empty.
     """
 
     def __init__(self, members: int) -> None:
@@ -383,7 +384,7 @@ class SharedProjection:
         self._x: Tensor | None = None
         self._h: Tensor | None = None
         self._key: tuple[object, ...] = ()
-        self._left = 0
+        self._taken: set[int] = set()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SharedProjection":
         copied = memo[id(self)] = SharedProjection(self.members)
@@ -392,16 +393,16 @@ class SharedProjection:
     def __reduce__(self) -> tuple[object, ...]:
         return SharedProjection, (self.members,)
 
-    def project(self, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-        """h (tokens, rank); one dropout mask for the whole group."""
+    def project(self, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float, member: int) -> Tensor:
+        """h (tokens, rank); one dropout mask for the whole group. `member` is any number that tells the sites of the group apart."""
         key = (x._version, down.data_ptr(), down._version, dtype, dropout, torch.is_grad_enabled())
-        if self._x is not x or self._key != key or self._left == 0:
+        if self._x is not x or self._key != key or member in self._taken:
             self._h = _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
-            self._x, self._key, self._left = x, key, self.members
+            self._x, self._key, self._taken = x, key, set()
         assert self._h is not None
         h = self._h
-        self._left -= 1
-        if self._left == 0:
+        self._taken.add(member)
+        if len(self._taken) == self.members:
             self._x = self._h = None
         return h
 
