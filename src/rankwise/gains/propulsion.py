@@ -32,7 +32,7 @@ class PropulsionGain(Gain):
         return (1 + self.z.to(torch.promote_types(self.z.dtype, torch.float32))) ** self.choice.degree
 
     def saved(self) -> dict[str, Tensor]:
-        return {"z": 1 + self.z.detach()}
+        return {"z": 1 + self.z.detach().to(torch.promote_types(self.z.dtype, torch.float32))}  # the sum would lose a bf16 distance
 
     @torch.no_grad()
     def restore(self, **values: Tensor) -> None:
