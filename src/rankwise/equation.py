@@ -305,7 +305,7 @@ def fused_form(
         y = _Base.apply(x, bias, storage, *weights)
     elif shared is not None:
         y = _Base.apply(x, bias, storage, *weights)
-        h = shared.project(x, factors.down, y.dtype, dropout, id(weights[0]))
+        h = shared.project(x, factors.down, y.dtype, dropout)
         y = _Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling)
     else:
         seed = draw_seed() if dropout else 0
