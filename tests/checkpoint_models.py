@@ -80,7 +80,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def _named(name: str) -> Callable[[], Recipe]:

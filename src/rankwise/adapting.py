@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -162,7 +162,8 @@ def _adapter(
             update.begin(down, up, recipe.init.moves_base, generator)
             if recipe.init.moves_base:
                 factors = update.factors()
-                offset = Offset(factors.down, factors.effective_up() / site.scaling)
+                # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
+                offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
     folded = offset is not None and recipe.base == "fold"
     if folded and offset is not None:
         fold(layer, offset, site.scaling)
@@ -173,7 +174,7 @@ def _adapter(
         gain.begin(layer, storage, None if update is None else update.factors(), start)
         if stored is not None:
             gain.restore(**stored.gain)
-    return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, projection)
+    return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, None if projection is None else projection.member())
 
 
 @torch.no_grad()
@@ -204,7 +205,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[None]:
     """Within the block the base layers of a merged model hold their own weights again."""
-    merged_sites = [module for module in adapted_sites(model).values() if module.merged]
+    # a site that is off already has its base weight back, from the block around this one
+    merged_sites = [module for module in adapted_sites(model).values() if module.merged and module.enabled]
     for module in merged_sites:
         _swap_in(module)
     try:

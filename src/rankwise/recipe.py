@@ -217,6 +217,10 @@ def _moves(recipe: Recipe) -> bool:
     return recipe.init.moves_base
 
 
+def _token_core(recipe: Recipe) -> bool:
+    return not recipe.update.constant_core
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -292,10 +296,22 @@ LEGALITY: tuple[Forbidden, ...] = (
         _both(_is("init", "kaiming", "gaussian", "orthonormal"), _frozen("up")),
     ),
     Forbidden(
+        "an update whose core depends on the token",
+        "gain=dora",
+        "the row norm would differ from token to token, and one norm per token is a dense weight per token; use gain='none'",
+        _both(_token_core, _is("gain", "dora")),
+    ),
+    Forbidden(
+        "an update whose core depends on the token",
+        "an init that moves the base, with base=keep",
+        "a frozen start can only be subtracted where the core is constant; use base='fold' or init='kaiming'",
+        _both(_token_core, lambda recipe: _moves(recipe) and recipe.base == "keep"),
+    ),
+    Forbidden(
         "all roles of the update frozen",
         "gain=none",
         "nothing would train; unfreeze a role or choose a gain",
-        lambda recipe: recipe.gain.name == "none" and not recipe.update.roles - recipe.frozen_roles,
+        lambda recipe: recipe.gain.name == "none" and recipe.update.name != "none" and not recipe.update.roles - recipe.frozen_roles,
     ),
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rankwise.equation import SharedProjection, Start, dense_update, operate
+from rankwise.equation import SharedMember, Start, dense_update, operate
 from rankwise.errors import TargetError, nearest
 from rankwise.gains import Gain
 from rankwise.recipe import Targets
@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
         offset: Offset | None,
         dropout: float,
         folded: bool = False,
-        shared: SharedProjection | None = None,
+        shared: SharedMember | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
