@@ -145,6 +145,26 @@ def test_merged_and_disabled_models_save_the_same_files(case: str, tmp_path: Pat
         assert content == (tmp_path / "disabled" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
 
+def test_a_merged_dora_is_measured_on_its_own_base(tmp_path: Path) -> None:
+    """Whether PEFT can read DoRA depends on the norms of the base; those of the merged weights would tell something else."""
+    model = rw.adapt(nn.Sequential(nn.Linear(4, 4)), rw.recipes.dora(rank=1, alpha=1, targets=["0"]))
+    with torch.no_grad():
+        model[0].base_layer.weight.copy_(2 * torch.eye(4))
+        model[0].gain.begin(model[0].base_layer, model[0].storage, None, None)
+        model[0].gain.magnitude.fill_(10)
+        model[0].update.down.copy_(torch.tensor([[1.0, 0, 0, 0]]))
+        model[0].update.up.copy_(torch.tensor([[-1.0], [0], [0], [0]]))
+    rw.merge(model)
+    rw.save(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_parameters_cast_to_16_bit_are_fp32_in_the_file(tmp_path: Path) -> None:
+    model = rw.adapt(base(), rw.recipes.lora(rank=4, gain="propulsion", modules_to_save=["lm_head"])).bfloat16()
+    rw.save(model, tmp_path / "a")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a/adapter_model.safetensors").values()} == {torch.float32}
+
+
 def test_a_model_without_adapters_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"no adapters; call rankwise\.adapt"):
         rw.save(base(), tmp_path / "a")
@@ -369,7 +389,7 @@ def test_broken_json(name: str, text: str, saved: Path, tmp_path: Path) -> None:
         (lambda about: about["recipe"].update(gain={"name": "evil.module"}), "gain='evil.module' is unknown"),
         (lambda about: about["recipe"].update(update={"name": "moslora", "mixr": 1}), "no option 'mixr'"),
         (lambda about: about["recipe"].update(rnak=3), "unknown recipe field 'rnak'; did you mean 'rank'"),
-        (lambda about: about.update(recipe=[1]), "rankwise.json: .*newer version"),
+        (lambda about: about.update(recipe=[1]), "rankwise.json: recipe must be a dict"),
         (lambda about: about["recipe"].update(rank=5), "rank=4 in the adapter, 5 by its recipe"),
         (lambda about: about["recipe"].update(alpha=5.0), "scaling=2.0 in the adapter, 1.25 by its recipe"),
         (lambda about: about["recipe"]["targets"].update(include=["q_proj"]), "down_proj among its 14 sites, which this base lacks"),
