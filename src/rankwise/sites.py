@@ -78,6 +78,7 @@ class AdaptedLinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
+        self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
 
     @property
     def storage(self) -> Storage:
@@ -168,12 +169,27 @@ class TrainedModule(nn.Module):
         self.enabled = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.trained if self.enabled else self.base_layer)(*args, **kwargs)
+        if not self.enabled:
+            return self.base_layer(*args, **kwargs)
+        held, master = _dtype_of(self.base_layer), _dtype_of(self.trained)
+        if held == master:
+            return self.trained(*args, **kwargs)
+        # an fp32 master inside a narrower model: activations come and go in the model's dtype
+        y = self.trained(*(_cast(value, master) for value in args), **{key: _cast(value, master) for key, value in kwargs.items()})
+        return _cast(y, held)
 
     @property
     def weight(self) -> Tensor:
         """The trained weight, where other code reads one."""
         return cast(Tensor, self.trained.weight)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def adapted_sites(model: nn.Module) -> dict[str, AdaptedLinear]:
