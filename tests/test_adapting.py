@@ -392,6 +392,18 @@ def test_base_and_adapter_dtypes() -> None:
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {masters}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_new_modules_are_in_the_mode_of_what_they_replace(training: bool) -> None:
+    base = classifier().train(training)
+    model = rw.adapt(base, rw.recipes.dora(rank=4, dropout=0.5, targets=["query"], modules_to_save=["classifier"]))
+    assert {module.training for module in model.modules()} == {training}
+    if not training:
+        perturb(model)
+        assert torch.equal(logits(model, IDS), logits(model, IDS))  # no dropout
+    rw.unadapt(model.train(not training))
+    assert {module.training for module in model.modules()} == {not training}
+
+
 # --- a head that trains in full --------------------------------------------------------------------------------------------------------
 
 

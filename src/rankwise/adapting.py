@@ -254,7 +254,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     config = getattr(model, "config", None)
     if any(module.tied for module in sites.values()) and getattr(config, "tie_word_embeddings", False):
         record.untied_config = True
-        config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
+        cast(Any, config).tie_word_embeddings = False
     if not keep_base:
         for name, module in sites.items():
             _replace(model, name, module.base_layer)
@@ -316,7 +316,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         _take_out(module)
     if record.untied_config:
         record.untied_config = False
-        model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        cast(Any, model).config.tie_word_embeddings = True
     return model
 
 
