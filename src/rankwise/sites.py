@@ -79,6 +79,12 @@ class AdaptedLinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
+        self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
+        # in the mode of what it replaces: a new module would otherwise train inside a model that evaluates
+        self.training = base_layer.training
+        for part in (update, gain, offset):
+            if part is not None:
+                part.train(base_layer.training)
 
     @property
     def storage(self) -> Storage:
@@ -167,6 +173,7 @@ class TrainedModule(nn.Module):
         self.trained = trained
         self.name = name
         self.enabled = True
+        self.training = base_layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
