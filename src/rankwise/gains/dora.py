@@ -56,8 +56,9 @@ class DoraGain(Gain):
             cross = storage.linear(layer, asked).to(wide).T  # W down'^T, (out, k)
             down, up = down.to(wide), up.to(wide)
             squared = self.weight_norm_sq + 2 * (up * cross).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
-        # the expansion can end a hair below zero where V is about zero
-        return squared.clamp_min(0).sqrt()
+        # The expansion can end a hair below zero where V is about zero; a root of zero would have an infinite gradient.
+        alive = squared > 0
+        return torch.where(alive, torch.where(alive, squared, 1.0).sqrt(), 0.0)
 
     def forward(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> Tensor:
         norm = self._norm(layer, storage, factors, start)

@@ -64,6 +64,8 @@ class _Gram:
             gram.diagonal().add_(self.ridge * gram.diagonal().mean())
             self._factor, info = torch.linalg.cholesky_ex(gram)
             self._made_from = made_from
-            if info.item():
+            # rounding may leave a dependent row a pivot of its own size: no digit of such a solution would be right
+            smallest = torch.finfo(wide.dtype).eps * len(gram) * gram.diagonal().max()
+            if info.item() or self._factor.diagonal().min().square() <= smallest:
                 raise RecipeError(f"the rows of `down` at {self.name} are dependent (rank {len(down)}); lower the rank or set a ridge")
         return self._factor
