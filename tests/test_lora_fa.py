@@ -37,7 +37,8 @@ def put_down(model: nn.Module, down: Tensor) -> nn.Module:
 def batches(count: int, width: int = 20, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     return [
-        (torch.randn(9, width, generator=generator, dtype=dtype), torch.randn(9, 14, generator=generator, dtype=dtype)) for _ in range(count)
+        (torch.randn(9, width, generator=generator, dtype=dtype), torch.randn(9, 14, generator=generator, dtype=dtype))
+        for _ in range(count)
     ]
 
 
@@ -184,7 +185,7 @@ def test_corrected_adamw_equals_pefts_optimizer(scaling: str, monkeypatch: pytes
     with torch.no_grad():
         layer.lora_A.default.weight.copy_(update.down)
     # eps=0: theirs adds it before the bias correction, torch after
-    other = create_lorafa_optimizer(theirs, r=rank, lora_alpha=alpha, lr=lr, use_rslora=scaling == "rslora")
+    other = create_lorafa_optimizer(theirs, r=rank, lora_alpha=alpha, lr=lr)
     for group in other.param_groups:
         group["eps"] = 0.0
     ours = rw.optimizer(model, lr=lr, eps=0.0)
