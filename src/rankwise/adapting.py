@@ -14,7 +14,7 @@ from rankwise.errors import TargetError
 from rankwise.inits import Beginning, site_generator
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
-from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, switched, trained_modules
+from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
 from rankwise.updates import Site
 
@@ -72,7 +72,7 @@ def build(model: nn.Module, recipe: Recipe, made: Plan, beginnings: Mapping[str,
     )
     model.requires_grad_(False)
     first = modules[made.sites[0].name]
-    device, dtype = _placement(first)
+    device, dtype = placement(first)
     shared = recipe.update.shared(made.sites, device, dtype)
     projections = _shared_projections(recipe, made.sites)
     for position, site in enumerate(made.sites):
@@ -91,14 +91,6 @@ def build(model: nn.Module, recipe: Recipe, made: Plan, beginnings: Mapping[str,
         _replace(model, name, TrainedModule(base, trained, name))
     model.rankwise = record  # type: ignore[assignment]
     return model
-
-
-def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point dtype of a base layer; fp32 where the layer holds no floating-point tensor."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-    return device, dtype
 
 
 def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
@@ -120,7 +112,7 @@ def _adapter(
     begun: Beginning | None,
     notes: list[str],
 ) -> AdaptedLinear:
-    device, dtype = _placement(layer)
+    device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
     storage = storage_of(layer)
     update = None
