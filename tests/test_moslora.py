@@ -108,7 +108,7 @@ def test_export_as_plain_lora_in_stock_peft(mixer: Any) -> None:
             assert torch.linalg.matrix_rank(update.factors().delta()) == 4
     base, exported = logits(llama(), IDS), logits(theirs, IDS)
     assert (exported - base).abs().max() > 0.1
-    assert (logits(ours, IDS) - exported).abs().max() < 1e-6 * exported.abs().max().clamp_min(1) * 5  # five roundings of fp32
+    assert (logits(ours, IDS) - exported).abs().max() < 1e-6 * exported.abs().max()
 
 
 @pytest.mark.check("moslora", 5)
