@@ -14,7 +14,7 @@ from rankwise.errors import TargetError
 from rankwise.inits import site_generator
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
-from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, switched, trained_modules
+from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
 from rankwise.updates import Site
 
@@ -69,7 +69,7 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, T
 
 def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | None:
     """What all sites of a plan share (VeRA's pool), made once, beside the first site; None where there is nothing."""
-    device, dtype = _placement(model.get_submodule(made.sites[0].name))
+    device, dtype = placement(model.get_submodule(made.sites[0].name))
     return recipe.update.shared(made.sites, device, dtype)
 
 
@@ -116,14 +116,6 @@ def build(
     return model
 
 
-def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point dtype of a base layer; fp32 where the layer holds no floating-point tensor."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-    return device, dtype
-
-
 def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
     if not recipe.update.shares_down:
         return {}
@@ -143,7 +135,7 @@ def _adapter(
     stored: Stored | None,
     notes: list[str],
 ) -> AdaptedLinear:
-    device, dtype = _placement(layer)
+    device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
     storage = storage_of(layer)
     update = None

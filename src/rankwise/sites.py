@@ -250,6 +250,14 @@ def widths_of(module: nn.Module) -> tuple[int, int]:
     return cast(int, module.in_features), cast(int, module.out_features)
 
 
+def placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point dtype of a base layer; fp32 where the layer holds no floating-point tensor."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return device, dtype
+
+
 def layer_number(name: str) -> int | None:
     """The first number in a module path: the layer's index in every family this project knows."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
