@@ -18,6 +18,7 @@ from rankwise.training.folder import RunFolder, begin, config_of, identity, look
 from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
 from rankwise.training.prepare import Prepared, prepare, source_names
 from rankwise.training.progress import say
+from rankwise.training.quiet import quiet
 
 Scores = dict[str, dict[str, float]]
 
@@ -58,8 +59,6 @@ def train(
         Interrupted: Ctrl-C; the step at hand was finished and saved.
     """
     from rich.console import Console
-
-    from rankwise.training.trainers import quiet
 
     quiet()
     console = console or Console()

@@ -202,17 +202,3 @@ def head_is_adapted(model: Any) -> bool:
     """Whether the output head has an adapter or trains: then its weight alone does not give the logits."""
     head = model.get_output_embeddings()
     return isinstance(head, AdaptedLinear | TrainedModule)
-
-
-def quiet() -> None:
-    """Silences what other libraries print: every line of a run is ours."""
-    import logging
-    import os
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("datasets", "trl", "accelerate", "bitsandbytes", "torch.utils.checkpoint"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|datasets|torch)(\.|$)")
