@@ -73,12 +73,16 @@ def class_scores(model: Any, encoded: Any, collate: Callable[..., Mapping[str, T
     return {"accuracy": right / max(1, rows_in_all), "loss": total / max(1, rows_in_all), "rows": rows_in_all}
 
 
-def scores_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]] | None = None) -> Any:
+def scores_table(
+    before: Mapping[str, Mapping[str, float]],
+    after: Mapping[str, Mapping[str, float]] | None = None,
+    headings: tuple[str, str] = ("before", "after"),
+) -> Any:
     """A rich table: for each set of rows, each score before and after training."""
     from rich.table import Table
 
     table = Table(title="Evaluation", title_justify="left", title_style="bold")
-    for heading in ("rows", "score", "before", *(("after", "change") if after is not None else ())):
+    for heading in ("rows", "score", headings[0], *((headings[1], "change") if after is not None else ())):
         table.add_column(heading, justify="left" if heading in ("rows", "score") else "right")
     for name, scores in before.items():
         for score, was in scores.items():

@@ -81,16 +81,20 @@ def source_names(config: Config) -> dict[str, tuple[str, str | None] | None]:
     return names
 
 
-def prepare(config: Config, tokenizer: Any) -> Prepared:
-    """Reads, recognises, encodes and checks the rows that a configuration names.
+def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> Prepared:
+    """Reads, recognises, encodes and checks the rows that a configuration names. `labels` are the classes, where they are known already.
 
     Raises:
         DataError: as `read_rows`, `recognise`, `encode_rows`; rows without a supervised token, cut answers or missing end tokens that
             `allow` does not name; labels outside the training rows' classes.
     """
     rows = {part: None if found is None else read_rows(found[0], found[1]) for part, found in source_names(config).items()}
-    make = _classification if config.task == "classification" else _causal
-    return make(config, cast(Rows, rows["train"]), rows["eval"], rows["general"], tokenizer)
+    train = cast(Rows, rows["train"])
+    if config.task == "classification":
+        if rows["general"] is not None:
+            raise ConfigError("data.general is for causal language models; a classifier has no loss on general text; take it out")
+        return _classification(config, train, rows["eval"], tokenizer, labels)
+    return _causal(config, train, rows["eval"], rows["general"], tokenizer)
 
 
 def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any) -> Prepared:
@@ -112,12 +116,10 @@ def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_ro
     return Prepared(train, scored, Collator(tokenizer.pad_token_id), shape.describe(), None)
 
 
-def _classification(config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any) -> Prepared:
+def _classification(config: Config, train_rows: Rows, eval_rows: Rows | None, tokenizer: Any, labels: list[str] | None) -> Prepared:
     from rankwise.training.classification import encode_classification
 
-    if general_rows is not None:
-        raise ConfigError("data.general is for causal language models; a classifier has no loss on general text; take it out")
     length = config.train.max_length
-    train = encode_classification(train_rows, tokenizer, length)
+    train = encode_classification(train_rows, tokenizer, length, labels)
     scored = {} if eval_rows is None else {"task": encode_classification(eval_rows, tokenizer, length, train.names)}
     return Prepared(train, scored, Collator(tokenizer.pad_token_id), "text and label", list(train.names))
