@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rankwise.equation import SharedProjection, Start, dense_update, operate
 from rankwise.errors import TargetError, nearest
@@ -168,12 +169,27 @@ class TrainedModule(nn.Module):
         self.enabled = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.trained if self.enabled else self.base_layer)(*args, **kwargs)
+        if not self.enabled:
+            return self.base_layer(*args, **kwargs)
+        masters, base = _dtype_of(self.trained), _dtype_of(self.base_layer)
+        if masters == base or torch.is_autocast_enabled(next(self.trained.parameters()).device.type):
+            return self.trained(*args, **kwargs)
+        # fp32 masters beside a 16-bit base: computed in fp32, handed on in the base's dtype
+        args, kwargs = tree_map(lambda value: _cast(value, masters), (args, kwargs))
+        return tree_map(lambda value: _cast(value, base), self.trained(*args, **kwargs))
 
     @property
     def weight(self) -> Tensor:
         """The trained weight, where other code reads one."""
         return cast(Tensor, self.trained.weight)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def adapted_sites(model: nn.Module) -> dict[str, AdaptedLinear]:
