@@ -153,18 +153,12 @@ def run(arguments: list[str]) -> int:
     """Runs a command and returns its exit code. Errors are one line on stderr; a traceback only with --debug."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]  # wherever it stands
-    exceptions: Any = sys.modules[typer.Exit.__module__]  # click's own, or the copy that newer versions of typer carry
     try:
         code = app(arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except exceptions.ClickException as error:
-        if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":
-            error.show()
-            return 2
-        return _fail(error.format_message() + "; see rankwise --help", 2, debug)
-    except (exceptions.Abort, KeyboardInterrupt) as stop:
+    except (typer.Abort, KeyboardInterrupt) as stop:
         return _fail(str(stop) or "interrupted; give the same command again to go on from the last checkpoint", 130, debug)
     except TrainingError as error:
         return _fail(str(error), 1, debug)
@@ -175,10 +169,19 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("not enough memory; lower train.batch_size or train.max_length, or set train.checkpointing=true", 1, debug)
     except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of click, or of the copy of click that newer versions of typer carry
+            return _usage(error, debug)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("the GPU's memory is full; lower train.batch_size or set train.checkpointing=true", 1, debug)
         text = str(error).strip().splitlines()
         return _fail(f"{type(error).__name__}: {text[0] if text else 'no message'} (unexpected; --debug shows where)", 1, debug)
+
+
+def _usage(error: Any, debug: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    return _fail(f"{error.format_message()}; rankwise --help lists the commands, rankwise COMMAND --help their options", 2, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -37,7 +37,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float] | s
     try:
         generator = torch.Generator().manual_seed(0)
         exact = torch.randn(SIDE, SIDE, generator=generator, dtype=torch.float64)
-        x = exact.to(device, dtype).requires_grad_()
+        x = exact.to(device, dtype, copy=True).requires_grad_()
         w = exact.T.contiguous().to(device, dtype)
         y = x @ w
         y.sum().backward()
@@ -58,7 +58,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float] | s
 
 
 def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.detach().double().cpu() - wanted).abs().max() / wanted.abs().max())
+    return float(((found.detach().double().cpu() - wanted).abs().max() / wanted.abs().max()).item())
 
 
 def _wait(device: torch.device) -> None:
