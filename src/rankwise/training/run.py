@@ -43,7 +43,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    config: Config | str | Path | Mapping[str, Any], overrides: Sequence[str] = (), fresh: bool = False, console: Any = None
+    config: Config | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    console: Any = None,
+    closing: bool = True,
 ) -> Result:
     """Trains as a configuration says, or goes on with the same run if its output folder holds one.
 
@@ -52,6 +56,7 @@ def train(
         overrides: dotted overrides such as 'train.lr=1e-3', for a mapping or a file.
         fresh: start over; what an earlier run wrote into the output folder is removed.
         console: a rich console to print to; None prints to standard output.
+        closing: print where the adapter lies and what to type next.
 
     Raises:
         ConfigError, DataError, RecipeError, TargetError: before anything is trained.
@@ -80,7 +85,10 @@ def train(
     say(console, plan)
     if state == "new":
         begin(run, config, mine, plan, data.report())
-    return _trained(config, run, data, loaded, console)
+    result = _trained(config, run, data, loaded, console)
+    if closing:
+        say(console, next_steps(run, config))
+    return result
 
 
 def adapted_model(config: Config, labels: Sequence[str] | None) -> Loaded:
@@ -136,7 +144,6 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     write_json(run / "results.json", {"finished": True, "steps": steps, "before": before, "after": after})
     if after:
         console.print(scores_table(before, after))
-    say(console, next_steps(run, config))
     return Result(run, steps, before, after)
 
 
