@@ -1,4 +1,4 @@
-"""The operation under autocast, checkpointing, copies and the compiler; what it keeps for the backward; that it writes into nothing else."""
+"""The operation under autocast, checkpointing, copies and the compiler; what it keeps for the backward; what it leaves alone."""
 
 import copy
 import io

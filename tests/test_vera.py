@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import VeraConfig, get_peft_model
-from tiny_models import activation_bytes, dense_weight, llama, logits, one_linear, perturb, saved_tensors, site, token_ids
+from tiny_models import Attention, activation_bytes, dense_weight, llama, logits, one_linear, perturb, saved_tensors, site, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,23 +18,6 @@ import rankwise as rw
 from rankwise import equation
 from rankwise.sites import adapted_sites
 from rankwise.updates.vera import draw_pair
-
-
-class Attention(nn.Module):
-    """q, k and v of one block, which read one input."""
-
-    def __init__(self, width: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.norm = nn.LayerNorm(width, dtype=dtype)
-        self.q_proj = nn.Linear(width, 16, dtype=dtype)
-        self.k_proj = nn.Linear(width, 8, dtype=dtype)
-        self.v_proj = nn.Linear(width, 8, bias=False, dtype=dtype)
-        self.skip = ""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return torch.cat([getattr(self, name)(x) for name in ("q_proj", "k_proj", "v_proj") if name != self.skip], dim=-1)
 
 
 def attention(rank: int = 6, seed: int = 0, move: bool = True, **fields: Any) -> Attention:

@@ -89,6 +89,23 @@ class OneLinear(nn.Module):
         return self.proj(x)
 
 
+class Attention(nn.Module):
+    """q, k and v of one block, which read one input."""
+
+    def __init__(self, width: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm = nn.LayerNorm(width, dtype=dtype)
+        self.q_proj = nn.Linear(width, 16, dtype=dtype)
+        self.k_proj = nn.Linear(width, 8, dtype=dtype)
+        self.v_proj = nn.Linear(width, 8, bias=False, dtype=dtype)
+        self.skip = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return torch.cat([getattr(self, name)(x) for name in ("q_proj", "k_proj", "v_proj") if name != self.skip], dim=-1)
+
+
 def one_linear(weight: Tensor, bias: Tensor | None = None) -> OneLinear:
     """A model of one linear layer with a given weight (out, in)."""
     model = OneLinear(weight.shape[1], weight.shape[0], bias is not None, weight.dtype)

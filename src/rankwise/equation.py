@@ -51,8 +51,9 @@ class Factors:
         return _effective_up(self.up, self.core, self.tail, self.scaling)
 
     def delta(self) -> Tensor:
-        """The dense update (out, in), in the factors' own dtype."""
-        return self.effective_up() @ self.down
+        """The dense update (out, in), in the dtype of the trained factors (a shared pool may be narrower)."""
+        up = self.effective_up()
+        return up @ self.down.to(up.dtype)
 
 
 class Start(NamedTuple):

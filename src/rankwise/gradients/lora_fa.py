@@ -58,12 +58,15 @@ class _Gram:
         down = self.update.down
         # `down` is a buffer that no optimizer and no all-gather touches: loading (which counts versions) and moving are all there is
         made_from = (down.data_ptr(), down.device, down.dtype, down._version)
-        if self._factor is None or self._made_from != made_from:
-            wide = down.to(torch.promote_types(down.dtype, torch.float32))
-            gram = wide @ wide.T  # (rank, rank)
-            gram.diagonal().add_(self.ridge * gram.diagonal().mean())
-            self._factor, info = torch.linalg.cholesky_ex(gram)
-            self._made_from = made_from
-            if info.item():
-                raise RecipeError(f"the rows of `down` at {self.name} are dependent (rank {len(down)}); lower the rank or set a ridge")
-        return self._factor
+        if self._factor is not None and self._made_from == made_from:
+            return self._factor
+        wide = down.to(torch.promote_types(down.dtype, torch.float32))
+        gram = wide @ wide.T  # (rank, rank)
+        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        factor, info = torch.linalg.cholesky_ex(gram)
+        # rounding may leave a dependent row a pivot of its own size: no digit of such a solution would be right
+        smallest = torch.finfo(wide.dtype).eps * len(gram) * gram.diagonal().max()
+        if info.item() or factor.diagonal().min().square() <= smallest:
+            raise RecipeError(f"the rows of `down` at {self.name} are dependent (rank {len(down)}); lower the rank or set a ridge")
+        self._factor, self._made_from = factor, made_from
+        return factor

@@ -52,7 +52,7 @@ class ChatFormat:
             # as a batch of one, since an empty conversation alone is not accepted
             texts = self.tokenizer.apply_chat_template([list(messages)], tokenize=False, add_generation_prompt=prompt, **self.options)
         except Exception as error:  # templates raise on purpose (roles, order), and jinja raises its own
-            roles = ", ".join(message["role"] for message in messages) or "no message"
+            roles = ", ".join(message["role"] for message in messages) or "nothing before its first assistant message"
             raise DataError(
                 f"the tokenizer's chat template refuses a conversation of {roles}: {error}. Change the roles or their order in the data "
                 "(a conversation begins with system or user), or give the tokenizer another chat template"
