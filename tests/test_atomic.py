@@ -50,6 +50,17 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "real/x").read_text() == "1"
 
 
+def test_an_adapter_inside_a_folder_that_is_being_written(tmp_path: Path) -> None:
+    model = trained("lora")
+    for _ in range(2):
+        with write_folder(tmp_path / "a") as folder:
+            rw.save(model, folder)
+            (folder / "training.json").write_text("{}")
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FILES | {"training.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert torch.equal(logits(rw.load(base(), tmp_path / "a")), logits(model))
+
+
 def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
     with write_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("old")
