@@ -100,7 +100,13 @@ class DoraGain(Gain):
 
     @torch.no_grad()
     def restore(self, **values: Tensor) -> None:
-        self.magnitude.copy_(values["magnitude"].to(self.magnitude0) - self.magnitude0)
+        # The delta starts anew from the saved length: magnitude0 + (saved - magnitude0) could differ from it in the last bit.
+        self.magnitude0.copy_(values["magnitude"])
+        self.magnitude.zero_()
+        self._evaluated = None
+
+    def anchors(self) -> dict[str, Tensor]:
+        return {"magnitude0": self.magnitude0}
 
 
 def row_norms_squared(weight: Tensor, dtype: torch.dtype, rows: int = 1024) -> Tensor:
