@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankwise.equation import SharedProjection
+from rankwise.equation import SharedProjection, Start
 from rankwise.errors import TargetError
-from rankwise.inits import Beginning, site_generator
+from rankwise.inits import site_generator
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
@@ -29,6 +29,15 @@ class Adapted:
     trainable: dict[str, bool]  # base parameter name -> requires_grad before
     notes: list[str] = field(default_factory=list)
     untied_config: bool = False  # merging untied weights, and said so in the model's config
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one site as an adapter file holds them: what `build` takes instead of making a start of its own."""
+
+    update: Mapping[str, Tensor]  # slot name -> tensor
+    gain: Mapping[str, Tensor]  # slot name -> what `Gain.saved` gave
+    start: Start | None = None  # of a recipe whose init moves the base
 
 
 def adapted(model: nn.Module) -> Adapted:
@@ -58,8 +67,24 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, T
     return build(model, recipe, made)
 
 
-def build(model: nn.Module, recipe: Recipe, made: Plan, beginnings: Mapping[str, Beginning] | None = None) -> nn.Module:
-    """Builds the adapters of a plan; with `beginnings`, from given factors and starts instead of the recipe's init (used by load)."""
+def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | None:
+    """What all sites of a plan share (VeRA's pool), made once, beside the first site; None where there is nothing."""
+    device, dtype = placement(model.get_submodule(made.sites[0].name))
+    return recipe.update.shared(made.sites, device, dtype)
+
+
+def build(
+    model: nn.Module, recipe: Recipe, made: Plan, stored: Mapping[str, Stored] | None = None, shared: nn.Module | None = None
+) -> nn.Module:
+    """Builds the adapters of a plan.
+
+    Args:
+        model: the base.
+        recipe: the recipe of the plan.
+        made: the plan.
+        stored: site name -> tensors from a file, instead of the recipe's init: no decomposition is run, no number is drawn.
+        shared: what `shared_part` made, where the caller had to look at it first.
+    """
     from rankwise.checkpoint.fingerprint import base_fingerprint
 
     modules = dict(model.named_modules())
@@ -71,14 +96,12 @@ def build(model: nn.Module, recipe: Recipe, made: Plan, beginnings: Mapping[str,
         list(made.notes),
     )
     model.requires_grad_(False)
-    first = modules[made.sites[0].name]
-    device, dtype = placement(first)
-    shared = recipe.update.shared(made.sites, device, dtype)
+    shared = shared_part(model, recipe, made) if shared is None else shared
     projections = _shared_projections(recipe, made.sites)
     for position, site in enumerate(made.sites):
         layer = modules[site.name]
-        begun = None if beginnings is None else beginnings[site.name]
-        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), begun, record.notes)
+        given = None if stored is None else stored[site.name]
+        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -109,7 +132,7 @@ def _adapter(
     recipe: Recipe,
     shared: nn.Module | None,
     projection: SharedProjection | None,
-    begun: Beginning | None,
+    stored: Stored | None,
     notes: list[str],
 ) -> AdaptedLinear:
     device, dtype = placement(layer)
@@ -119,17 +142,21 @@ def _adapter(
     offset = None
     if recipe.update.module is not None:
         update = recipe.update.module(recipe.update, site, recipe.frozen_roles, device, masters, shared)
-        generator = site_generator(recipe.seed, site.name)
-        if begun is None:
+        if stored is not None:
+            update.put(**stored.update)
+            if stored.start is not None:
+                offset = Offset(*(t.to(device, masters) for t in stored.start))
+        else:
+            generator = site_generator(recipe.seed, site.name)
             weight = storage.read(layer) if recipe.init.needs_weight else None
             begun = recipe.init.begin(site, weight, None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
-        down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
-        update.begin(down, up, recipe.init.moves_base, generator)
-        if recipe.init.moves_base:
-            factors = update.factors()
-            # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
-            offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
+            down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
+            update.begin(down, up, recipe.init.moves_base, generator)
+            if recipe.init.moves_base:
+                factors = update.factors()
+                # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
+                offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
     folded = offset is not None and recipe.base == "fold"
     if folded and offset is not None:
         fold(layer, offset, site.scaling)
@@ -138,6 +165,8 @@ def _adapter(
         gain = recipe.gain.module(recipe.gain, site, recipe.frozen_roles, device, masters)
         start = None if offset is None or folded else offset.start()
         gain.begin(layer, storage, None if update is None else update.factors(), start)
+        if stored is not None:
+            gain.restore(**stored.gain)
     return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, None if projection is None else projection.member())
 
 
@@ -162,13 +191,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Nothing is frozen, thawed or moved; nesting is fine. A merged model is unmerged for the block.
     """
     adapted(model)
+    with base_weights(model), switched(model, enabled=False):
+        yield model
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block the base layers of a merged model hold their own weights again."""
     # a site that is off already has its base weight back, from the block around this one
     merged_sites = [module for module in adapted_sites(model).values() if module.merged and module.enabled]
     for module in merged_sites:
         _swap_in(module)
     try:
-        with switched(model, enabled=False):
-            yield model
+        yield
     finally:
         for module in merged_sites:
             _swap_out(module)
@@ -210,7 +245,10 @@ class Reference(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["adapted_model"], name)
+            model = self.__dict__.get("adapted_model")
+            if model is None:
+                raise
+            return getattr(model, name)
 
 
 def reference(model: nn.Module) -> Reference:

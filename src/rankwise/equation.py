@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rankwise.errors import RecipeError
 from rankwise.storage import Storage
 
 TokenCore = Callable[[Tensor, Tensor], Tensor]
@@ -487,7 +488,15 @@ def operate(
         dropout: probability on the branch's input, in training only (the caller passes 0 otherwise).
         token_core: (x, h) -> core . h for cores that depend on the token; h is (..., rank).
         shared: the site's handle on the projection shared by its group, whose members have the same frozen `down`.
+
+    Raises:
+        RecipeError: a token core together with a start or a constant core.
     """
+    if token_core is not None and factors is not None and (start is not None or factors.core is not None):
+        raise RecipeError(
+            "token_core with a start or a constant core: `down @ x` is no longer what stands before `up`, so neither can be applied; "
+            "fold the start into the base (base='fold') and put the constant core into the token core"
+        )
     bias = storage.bias(layer)
     if form_of(storage, x) == "fused":
         return fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared)

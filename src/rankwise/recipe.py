@@ -217,6 +217,10 @@ def _moves(recipe: Recipe) -> bool:
     return recipe.init.moves_base
 
 
+def _token_core(recipe: Recipe) -> bool:
+    return not recipe.update.constant_core
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -290,6 +294,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         "up frozen",
         "`up` starts at zero and would stay there; use init='random-up' or an init that moves the base",
         _both(_is("init", "kaiming", "gaussian", "orthonormal"), _frozen("up")),
+    ),
+    Forbidden(
+        "an update whose core depends on the token",
+        "gain=dora",
+        "the row norm would differ from token to token, and one norm per token is a dense weight per token; use gain='none'",
+        _both(_token_core, _is("gain", "dora")),
+    ),
+    Forbidden(
+        "an update whose core depends on the token",
+        "an init that moves the base, with base=keep",
+        "a frozen start can only be subtracted where the core is constant; use base='fold' or init='kaiming'",
+        _both(_token_core, lambda recipe: _moves(recipe) and recipe.base == "keep"),
     ),
     Forbidden(
         "all roles of the update frozen",

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rankwise.equation import SharedMember, Start, dense_update, operate
 from rankwise.errors import TargetError, nearest
@@ -177,12 +178,12 @@ class TrainedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        held, master = _dtype_of(self.base_layer), _dtype_of(self.trained)
-        if held == master:
+        masters, base = _dtype_of(self.trained), _dtype_of(self.base_layer)
+        if masters == base or torch.is_autocast_enabled(next(self.trained.parameters()).device.type):
             return self.trained(*args, **kwargs)
-        # an fp32 master inside a narrower model: activations come and go in the model's dtype
-        y = self.trained(*(_cast(value, master) for value in args), **{key: _cast(value, master) for key, value in kwargs.items()})
-        return _cast(y, held)
+        # fp32 masters beside a 16-bit base: computed in fp32, handed on in the base's dtype
+        args, kwargs = tree_map(lambda value: _cast(value, masters), (args, kwargs))
+        return tree_map(lambda value: _cast(value, base), self.trained(*args, **kwargs))
 
     @property
     def weight(self) -> Tensor:

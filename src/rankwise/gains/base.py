@@ -32,7 +32,11 @@ class Gain(Part, ABC):
 
     @abstractmethod
     def restore(self, **values: Tensor) -> None:
-        """Takes back what `saved` gave, after `begin`."""
+        """Takes back what `saved` gave, after `begin`: the gain is then bit for bit what it was."""
+
+    def anchors(self) -> dict[str, Tensor]:
+        """Buffer name -> tensor, of what the trained numbers are measured from; kept with them when a run is to be resumed."""
+        return {}
 
 
 class GainChoice(ABC):

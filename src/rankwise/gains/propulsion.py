@@ -32,11 +32,10 @@ class PropulsionGain(Gain):
         return (1 + self.z.to(torch.promote_types(self.z.dtype, torch.float32))) ** self.choice.degree
 
     def saved(self) -> dict[str, Tensor]:
-        return {"z": 1 + self.z.detach()}
+        return {"z": self.z.detach()}  # the distance from 1: adding the 1 would round its last digits away
 
-    @torch.no_grad()
     def restore(self, **values: Tensor) -> None:
-        self.z.copy_(values["z"] - 1)
+        self.put(z=values["z"])
 
 
 @dataclass(frozen=True)

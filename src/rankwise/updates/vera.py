@@ -25,11 +25,33 @@ class Pool(nn.Module):
     def __init__(self, sites: Sequence[Site], choice: "Vera", device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.shapes = pool_shapes(sites, choice.sharing)
+        self.seed = choice.seed
+        self.drawn = True  # from the seed, so that a file need not hold the projections
         for shape in sorted(set(self.shapes.values())):
             down, up = draw_pair(*shape, choice.seed)
             suffix = "_".join(map(str, shape))
             self.register_buffer(f"down_{suffix}", down.to(device, dtype), persistent=False)
             self.register_buffer(f"up_{suffix}", up.to(device, dtype), persistent=False)
+
+    @torch.no_grad()
+    def take(self, **projections: Tensor) -> None:
+        """Replaces drawn projections by given ones, by buffer name: an adapter whose file brings its own."""
+        for name, projection in projections.items():
+            buffer = getattr(self, name)
+            given = projection.to(buffer)
+            if not torch.equal(buffer, given):
+                buffer.copy_(given)
+                self.drawn = False
+
+    def projections(self) -> dict[str, Tensor]:
+        """Buffer name -> projection on the CPU, in fp32 whatever the base's dtype; drawn again from the seed where it came from there."""
+        if not self.drawn:
+            return {name: buffer.float().cpu() for name, buffer in self.named_buffers()}
+        found: dict[str, Tensor] = {}
+        for shape in sorted(set(self.shapes.values())):
+            suffix = "_".join(map(str, shape))
+            found[f"down_{suffix}"], found[f"up_{suffix}"] = draw_pair(*shape, self.seed)
+        return found
 
     def pair(self, rank: int, width_in: int, width_out: int) -> tuple[Tensor, Tensor]:
         """(down (rank, in), up (out, rank)) of one site: views of the pool."""

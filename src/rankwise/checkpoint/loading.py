@@ -1,0 +1,270 @@
+"""load: an adapter folder, ours or PEFT's, onto a base. Everything is checked before the base is touched; nothing is ever unpickled."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rankwise.adapting import build, shared_part
+from rankwise.checkpoint.atomic import recover, unfinished
+from rankwise.checkpoint.fingerprint import base_fingerprint
+from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, is_stacked, pool_keys, shapes
+from rankwise.checkpoint.peft_reader import recipe_of, without_base_copies
+from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
+from rankwise.errors import CheckpointError, RecipeError, TargetError
+from rankwise.planning import Plan, plan
+from rankwise.recipe import Recipe
+from rankwise.sites import trained_modules
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder, understood but not yet checked tensor by tensor."""
+
+    folder: Path
+    peft_type: str
+    recipe: Recipe
+    plan: Plan
+    tensors: dict[str, Tensor]
+    checksum: str | None  # of VeRA's pair, where the file says it
+    with_projections: bool
+    notes: tuple[str, ...]
+
+
+def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Module:
+    """Puts a saved adapter on its base, in place, and returns the adapted model.
+
+    On the same base the model computes bit for bit what it did when it was saved; factors and starts come from the file, so no
+    decomposition is run. Folders that PEFT wrote (LoRA, rsLoRA, DoRA, VeRA) load too.
+
+    Args:
+        base: the model that the adapter was trained on, not adapted. It is not touched when an error is raised.
+        folder: what `save` or PEFT's save_pretrained wrote; a local path.
+        any_base: load onto a base whose weights differ from those the adapter was trained on.
+
+    Raises:
+        CheckpointError: no such folder, a file that is missing, truncated or unknown, tensors that are missing, unexpected, wrong-shaped
+            or not finite, another base, a method that is unknown here.
+    """
+    folder = Path(folder)
+    recover(folder)
+    _check_folder(folder)
+    config = _read_json(folder / CONFIG)
+    tensors = _read_tensors(folder)
+    with _explained(folder):
+        opened = _open_own(base, folder, config, tensors, any_base) if (folder / NATIVE_FILE).exists() else None
+        opened = opened or _open_peft(base, folder, config, tensors)
+        expected, heads, pool = _expected(base, opened)
+        _check_tensors(opened, expected)
+    recipe, made = opened.recipe, opened.plan
+    stored = {site.name: decode(site, recipe, opened.peft_type, opened.tensors) for site in made.sites}
+    model = build(base, recipe, made, stored, pool)
+    for name, module in trained_modules(model).items():
+        module.trained.load_state_dict({key: opened.tensors[full] for key, full in heads[name].items()})
+    model.rankwise.notes.extend(opened.notes)  # pyright: ignore
+    return model
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns errors of planning into errors of the checkpoint: they say that the adapter does not fit this base."""
+    try:
+        yield
+    except (TargetError, RecipeError) as error:
+        raise CheckpointError(f"the adapter in {folder} does not fit this model: {error}") from error
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        left = unfinished(folder)
+        hint = f"; a save that was killed before its end left {left}, which is incomplete" if left and not folder.exists() else ""
+        raise CheckpointError(f"{folder} {what}{hint}; give the folder that holds {CONFIG} (adapters are never downloaded)")
+    pickled = folder / "adapter_model.bin"
+    if not (folder / WEIGHTS).exists() and pickled.exists():
+        raise CheckpointError(f"{pickled} is a pickle, which is never loaded; load it with PEFT and save_pretrained it as safetensors")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no {name}: the adapter is incomplete; copy or save the whole folder again")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); copy or save the adapter again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(content).__name__}")
+    return content
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is truncated or no safetensors file ({error}); copy or save the adapter again"
+        ) from error
+
+
+# --- what kind of folder ---------------------------------------------------------------------------------------------------------------
+
+
+def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], any_base: bool) -> _Opened:
+    about = _read_json(folder / NATIVE_FILE)
+    version = about.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / NATIVE_FILE} has format_version={version!r}, and this version reads {FORMAT_VERSION}; it was written by rankwise "
+            f"{about.get('rankwise_version', 'of an unknown version')}: use that one or a newer one"
+        )
+    _check_fields(folder / NATIVE_FILE, about)
+    peft_type = about["peft_type"]
+    if peft_type not in ("LORA", "VERA", NATIVE):
+        raise CheckpointError(f"{folder / NATIVE_FILE} has peft_type={peft_type!r}, which is unknown; use LORA, VERA or {NATIVE}")
+    if config.get("peft_type") != peft_type:
+        raise CheckpointError(
+            f"{CONFIG} says peft_type={config.get('peft_type')!r} and {NATIVE_FILE} says {peft_type!r}: {folder} holds files of two "
+            f"adapters; save again, or remove {NATIVE_FILE} if PEFT wrote the others"
+        )
+    try:
+        recipe = Recipe.from_dict(about["recipe"])
+    except (RecipeError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / NATIVE_FILE}: {error}; it may come from a newer version of rankwise") from error
+    start = None if not recipe.init.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
+    if about["start"] != start:
+        raise CheckpointError(
+            f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
+        )
+    made = plan(base, recipe)
+    _compare_plan(made, about)
+    _compare_base(base, made, about, any_base)
+    with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
+    return _Opened(folder, peft_type, recipe, made, tensors, about["pool_checksum"], with_projections, ())
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "peft_type": str, "recipe": dict, "base": dict, "sites": dict, "modules_to_save": list, "start": (str, type(None)),
+    "pool_checksum": (str, type(None)), "notes": list,
+}  # fmt: skip
+
+
+def _check_fields(path: Path, about: Mapping[str, Any]) -> None:
+    missing = [name for name in _FIELDS if name not in about]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy or save the adapter again")
+    for name, kind in _FIELDS.items():
+        if not isinstance(about[name], kind):
+            wanted = kind.__name__ if isinstance(kind, type) else "string or null"
+            raise CheckpointError(f"{path}: {name} must be a {wanted}, and is {about[name]!r}; copy or save the adapter again")
+    if not all(isinstance(site, dict) for site in about["sites"].values()):
+        raise CheckpointError(f"{path}: sites must be a dict of dicts; copy or save the adapter again")
+
+
+def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
+    sites, here = about["sites"], {site.name: site for site in made.sites}
+    heads = [name for name, _ in made.trained_modules]
+    for label, saved, found in (("sites", list(sites), list(here)), ("modules_to_save", about["modules_to_save"], heads)):
+        for name in sorted(set(saved) - set(found)):
+            raise CheckpointError(
+                f"the adapter has {name} among its {len(saved)} {label}, which this base lacks; load the base it was made for"
+            )
+        for name in sorted(set(found) - set(saved)):
+            raise CheckpointError(
+                f"this base has {name}, which is not among the adapter's {len(saved)} {label}; load the base it was made for"
+            )
+    for name, site in here.items():
+        for label, value in (("rank", site.rank), ("scaling", site.scaling)):
+            if sites[name].get(label) != value:
+                raise CheckpointError(f"{name}: {label}={sites[name].get(label)!r} in the adapter, {value!r} by its recipe; save it again")
+
+
+def _compare_base(base: nn.Module, made: Plan, about: Mapping[str, Any], any_base: bool) -> None:
+    saved, found = about["base"].get("fingerprint"), base_fingerprint(dict(base.named_modules()), made.sites)
+    if saved == found or any_base:
+        return
+    name, here = about["base"].get("name_or_path"), getattr(getattr(base, "config", None), "_name_or_path", None)
+    raise CheckpointError(
+        f"the adapter was trained on another base: {name or 'unnamed'} with fingerprint {str(saved)[:16]}, and this one is "
+        f"{here or 'unnamed'} with {found[:16]}; load that base, or pass any_base=True to use this one all the same"
+    )
+
+
+def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> _Opened:
+    peft_type = config.get("peft_type")
+    if peft_type == NATIVE:
+        raise CheckpointError(f"{folder} holds no {NATIVE_FILE}: the adapter is incomplete; copy or save the whole folder again")
+    if peft_type not in ("LORA", "VERA"):
+        raise CheckpointError(
+            f"{folder / CONFIG} has peft_type={peft_type!r}, and of PEFT's types LORA and VERA are read here; merge it with PEFT "
+            "(merge_and_unload) and use the merged model as the base"
+        )
+    try:
+        recipe = recipe_of(config, base, [key for key in tensors if key.startswith(PREFIX)])
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
+    made = plan(base, recipe)
+    tensors = without_base_copies(tensors, base, [name for name, _ in made.trained_modules])
+    with_projections = peft_type == "VERA" and bool(config.get("save_projection", True))
+    return _Opened(folder, str(peft_type), recipe, made, tensors, None, with_projections, (f"loaded from a folder of PEFT, {folder}",))
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, str]], Any]:
+    """(key -> shape of a complete file, head -> its keys -> those in the file, the shared pool with the file's projections)."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for site in opened.plan.sites:
+        expected |= shapes(site, opened.recipe, opened.peft_type)
+    heads: dict[str, dict[str, str]] = {}
+    for name, _ in opened.plan.trained_modules:
+        state = base.get_submodule(name).state_dict()
+        heads[name] = {key: f"{PREFIX}{name}.{key}" for key in state}
+        expected |= {f"{PREFIX}{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    pool: Any = shared_part(base, opened.recipe, opened.plan)
+    if pool is not None:
+        projections = pool.projections()
+        if opened.with_projections:
+            keys = pool_keys(opened.peft_type, projections)
+            expected |= {keys[name]: tuple(tensor.shape) for name, tensor in projections.items()}
+            if all(key in opened.tensors and opened.tensors[key].shape == expected[key] for key in keys.values()):
+                projections = {name: opened.tensors[key] for name, key in keys.items()}
+                pool.take(**projections)
+        if opened.checksum is not None and checksum(projections) != opened.checksum:
+            raise CheckpointError(
+                f"the shared projections of {opened.folder} have another checksum than when the adapter was saved: this version of "
+                "torch draws other numbers from the seed, or the file was changed; where it was trained, save the adapter again with "
+                "save_projection=True"
+            )
+    return expected, heads, pool
+
+
+def _check_tensors(opened: _Opened, expected: Mapping[str, tuple[int, ...]]) -> None:
+    file = opened.folder / WEIGHTS
+    missing = [key for key in expected if key not in opened.tensors]
+    if missing:
+        raise CheckpointError(f"{file} lacks {len(missing)} tensors, such as {missing[0]}; copy or save the adapter again")
+    unexpected = [key for key in opened.tensors if key not in expected]
+    if unexpected:
+        raise CheckpointError(
+            f"{file} holds {len(unexpected)} tensors that nothing here takes, such as {unexpected[0]}; is it the right base?"
+        )
+    for key, shape in expected.items():
+        tensor = opened.tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{file}: {key} has shape {tuple(tensor.shape)}, and this base needs {shape}; load the base it was made for"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{file}: {key} is not finite; the run that wrote it had failed: take an earlier checkpoint")

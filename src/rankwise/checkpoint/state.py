@@ -1,0 +1,58 @@
+"""The exact trained parameters, for a run that is to be resumed bit for bit: what the optimizer steps, not what an adapter file holds."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapting import adapted
+from rankwise.checkpoint.naming import plain_name
+from rankwise.errors import CheckpointError, nearest
+from rankwise.sites import AdaptedLinear
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    """Qualified name -> the model's own tensor: every parameter that trains, and what it is measured from."""
+    adapted(model)
+    found: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.gain is not None:
+            found |= {f"{plain_name(name)}.gain.{anchor}": tensor for anchor, tensor in module.gain.anchors().items()}
+    return found
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of every parameter that trains, by qualified name: factors, cores, DoRA's delta (with the length that it is
+    measured from), heads.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _live(model).items()}
+
+
+@torch.no_grad()
+def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Writes a `trainable_state` back into a model adapted with the same recipe; the optimizer's references stay valid.
+
+    Raises:
+        CheckpointError: a name is missing or unexpected, or a shape or dtype differs; the model is not touched then.
+        TargetError: the model is not adapted.
+    """
+    live = _live(model)
+    for name in live:
+        if name not in state:
+            raise CheckpointError(f"the state lacks {name}, which trains here; resume with the recipe and the base that the run had")
+    for name, tensor in state.items():
+        if name not in live:
+            raise CheckpointError(
+                f"the state holds {name}, which does not train here{nearest(name, live)}; resume with the run's own recipe"
+            )
+        mine = live[name]
+        if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
+            raise CheckpointError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} in the state and {tuple(mine.shape)} {mine.dtype} here; resume with the "
+                "run's own rank and base"
+            )
+    for name, tensor in state.items():
+        live[name].copy_(tensor)

@@ -1,0 +1,172 @@
+"""Tiny bases, a few real training steps, and the list of recipes and compositions that the checkpoint tests go through."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rankwise as rw
+from rankwise.recipe import Recipe
+from rankwise.recipes import RECIPES
+from rankwise.sites import adapted_sites, trained_modules
+
+torch.set_num_threads(1)
+
+IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+@functools.cache
+def _base(name: str) -> nn.Module:
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    torch.manual_seed(11)
+    if name == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, initializer_range=0.2, **sizes)).eval()
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=64, max_position_embeddings=32, num_labels=3, initializer_range=0.2, **sizes)
+    return BertForSequenceClassification(config).eval()
+
+
+def base(name: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """A fresh copy of a tiny base, always with the same weights."""
+    return copy.deepcopy(_base(name)).to(dtype)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def train(model: nn.Module, steps: int = 3, lr: float = 2e-2) -> nn.Module:
+    """A few AdamW steps, so that no factor is zero any more."""
+    optimizer = rw.optimizer(model, lr=lr)
+    model.train()
+    for step in range(steps):
+        out = model(input_ids=IDS.roll(step, 1)).logits
+        target = IDS if out.dim() == 3 else torch.tensor([0, 2])
+        nn.functional.cross_entropy(out.flatten(0, -2), target.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All that an adapter is made of, by name: slots, what gains save, starts, heads."""
+    found: dict[str, Tensor] = {}
+    for name, module in adapted_sites(model).items():
+        if module.update is not None:
+            found |= {f"{name}.{slot}": getattr(module.update, slot).detach() for slot in module.update.slots}
+        if module.gain is not None:
+            found |= {f"{name}.{slot}": tensor for slot, tensor in module.gain.saved().items()}
+        if module.offset is not None:
+            found |= {f"{name}.start_down": module.offset.down, f"{name}.start_up": module.offset.up}
+    for name, module in trained_modules(model).items():
+        found |= {f"{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
+    return found
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+def _named(name: str) -> Callable[[], Recipe]:
+    return lambda: RECIPES[name](rank=4)
+
+
+#: case -> (base, recipe, the peft_type that must be written)
+CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
+    "lora": ("llama", _named("lora"), "LORA"),
+    "rslora": ("llama", _named("rslora"), "LORA"),
+    "lora-plus": ("llama", _named("lora-plus"), "LORA"),
+    "lora-fa": ("llama", _named("lora-fa"), "LORA"),
+    "dora": ("llama", _named("dora"), "LORA"),
+    "pissa": ("llama", _named("pissa"), "LORA"),
+    "milora-svd": ("llama", _named("milora-svd"), "LORA"),
+    "olora": ("llama", _named("olora"), "LORA"),
+    "moslora": ("llama", _named("moslora"), "RANKWISE"),
+    "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
+    "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
+    # starts that move the base
+    "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
+    "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),
+    "olora fold alpha 8": ("llama", lambda: rw.recipes.olora(rank=4, alpha=8, base="fold"), "LORA"),
+    "pissa rslora": ("llama", lambda: rw.recipes.pissa(rank=4, alpha=3, scaling="rslora"), "LORA"),
+    "pissa rslora fold": ("llama", lambda: rw.recipes.pissa(rank=4, scaling="rslora", base="fold"), "LORA"),
+    "dora on pissa": ("llama", lambda: rw.recipes.pissa(rank=4, gain="dora"), "LORA"),
+    "dora on pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, gain="dora", base="fold"), "LORA"),
+    "dora on rslora on milora": ("llama", lambda: rw.recipes.milora_svd(rank=4, gain="dora", scaling="rslora"), "LORA"),
+    "pissa with down frozen": ("llama", lambda: rw.recipes.pissa(rank=4, frozen={"down"}), "LORA"),
+    "moslora on pissa": ("llama", lambda: rw.recipes.moslora(rank=4, init="pissa"), "RANKWISE"),
+    "moslora on pissa fold": ("llama", lambda: rw.recipes.moslora(rank=4, init="pissa", base="fold"), "RANKWISE"),
+    # gains over other updates
+    "dora full gradient": ("llama", lambda: rw.recipes.dora(rank=4, norm_grad="full"), "LORA"),
+    "dora with down frozen": ("llama", lambda: rw.recipes.lora_fa(rank=4, gain="dora"), "LORA"),
+    "dora alone": ("llama", lambda: rw.recipes.propulsion(gain="dora"), "RANKWISE"),
+    "dvora": ("llama", lambda: rw.recipes.vera(rank=24, gain="dora"), "RANKWISE"),
+    "dora over moslora": ("llama", lambda: rw.recipes.moslora(rank=4, gain="dora"), "RANKWISE"),
+    "propulsion over lora": ("llama", lambda: rw.recipes.lora(rank=4, gain="propulsion"), "RANKWISE"),
+    "vera per shape": ("llama", lambda: rw.recipes.vera(rank=24, sharing="per-shape"), "RANKWISE"),
+    "vera two ranks": ("llama", lambda: rw.recipes.vera(rank=24, rank_pattern={"q_proj": 8}), "RANKWISE"),
+    "vera down_proj only": ("llama", lambda: rw.recipes.vera(rank=24, pool_seed=3, targets=["down_proj", "o_proj"]), "VERA"),
+    # patterns
+    "rank and alpha patterns": (
+        "llama",
+        lambda: rw.recipes.lora(
+            rank=4,
+            alpha=8,
+            rank_pattern={"q_proj": 2, "re:.*layers.1.*up_proj": 6},
+            alpha_pattern={"v_proj": 5.5, "layers.0.mlp.up_proj": 1},
+        ),
+        "LORA",
+    ),
+    "patterns on rslora pissa dora": (
+        "llama",
+        lambda: rw.recipes.pissa(
+            rank=4, scaling="rslora", gain="dora", rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 3}
+        ),
+        "LORA",
+    ),
+    "one layer": ("llama", lambda: rw.recipes.lora(rank=4, targets={"include": ["q_proj", "mlp.up_proj"], "layers": "1"}), "LORA"),
+    # other families
+    "gpt2 lora": ("gpt2", _named("lora"), "LORA"),
+    "gpt2 dora on pissa": ("gpt2", lambda: rw.recipes.pissa(rank=4, gain="dora"), "LORA"),
+    "gpt2 pissa fold": ("gpt2", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
+    "gpt2 vera": ("gpt2", lambda: rw.recipes.vera(rank=24), "VERA"),
+    "gpt2 moslora": ("gpt2", _named("moslora"), "RANKWISE"),
+    "gpt2 tied embedding": ("gpt2", lambda: rw.recipes.lora(rank=4, targets=["wte", "c_attn"]), "LORA"),
+    "embedding": ("llama", lambda: rw.recipes.lora(rank=4, targets=["embed_tokens", "q_proj", "lm_head"]), "LORA"),
+    "embedding rslora gaussian": (
+        "llama",
+        lambda: rw.recipes.rslora(rank=4, init="gaussian", targets=["embed_tokens", "all-linear"], rank_pattern={"embed_tokens": 8}),
+        "LORA",
+    ),
+    "embedding in full": ("llama", lambda: rw.recipes.lora(rank=4, modules_to_save=["embed_tokens", "norm"]), "LORA"),
+    "bert classifier": ("bert", lambda: rw.recipes.lora(rank=4, modules_to_save=["classifier"]), "LORA"),
+    "bert dora pissa classifier": (
+        "bert",
+        lambda: rw.recipes.pissa(rank=4, gain="dora", targets=["query", "value", "dense"], modules_to_save=["classifier"]),
+        "LORA",
+    ),
+    "bert vera classifier": ("bert", lambda: rw.recipes.vera(rank=24, modules_to_save=["classifier"]), "VERA"),
+    "bert propulsion classifier": ("bert", lambda: rw.recipes.propulsion(modules_to_save=["classifier"]), "RANKWISE"),
+}
+
+
+def trained(case: str) -> Any:
+    """A model of a case, adapted and trained for three steps."""
+    name, recipe, _ = CASES[case]
+    return train(rw.adapt(base(name), recipe()))
