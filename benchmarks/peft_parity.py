@@ -2,8 +2,9 @@
 
     python -m benchmarks.peft_parity --output benchmarks/results/peft_parity.json
 
-For LoRA, DoRA and PiSSA prints the held-out completion loss before and after training in both libraries and their relative difference. Both sides
-run in fp32 with plain AdamW and a linearly falling learning rate; PEFT gets rankwise's starting factors (for PiSSA also the residual weights).
+For LoRA, DoRA and PiSSA prints the held-out completion loss before and after training in both libraries and their relative
+difference. Both sides run in fp32 with plain AdamW and a linearly falling learning rate; PEFT gets rankwise's starting factors
+(for PiSSA also the residual weights).
 """
 
 import argparse

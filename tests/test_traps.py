@@ -189,8 +189,8 @@ def test_6_a_shared_projection_serves_each_member_once_per_input() -> None:
         outputs[-1].square().sum().backward()
     assert not torch.equal(*outputs)
     model(x)
-    assert model.q_proj.shared._x is None  # nothing is held once all members came
-    assert model.q_proj.shared is model.k_proj.shared
+    assert model.q_proj.shared.group._made.value is None  # nothing is held once all members came
+    assert model.q_proj.shared.group is model.k_proj.shared.group
 
 
 # --- 7 and 8 ---------------------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,15 @@ class Session:
         for handle in self.handles:
             handle.remove()
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the hooks to go on where they were: finished steps, sites still without a gradient."""
+        return {"steps": self.steps, "waiting": list(self.waiting)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        self.steps = int(state["steps"])
+        self.waiting = {name: module for name, module in self.waiting.items() if name in state["waiting"]}
+
     def fire(self, event: Event, optimizer: Optimizer) -> None:
         """Calls the schedule, and resets the optimizer state of what it changed."""
         model = self.model()

@@ -27,6 +27,18 @@ AXES: dict[str, Mapping[str, type[Any]]] = {
 }
 
 
+# What a choice given as an object must be; names in files are looked up in AXES alone, never imported.
+_KINDS: dict[str, type[Any]] = {
+    "update": UpdateChoice,
+    "gain": GainChoice,
+    "init": Init,
+    "gradient": GradientRule,
+    "schedule": Schedule,
+    "storage": Keep,
+    "routing": Everywhere,
+}
+
+
 @dataclass(frozen=True)
 class Targets:
     """Which modules are adapted.
@@ -164,7 +176,7 @@ def targets(value: Any) -> Targets:
 def choice(axis: str, value: Any) -> Any:
     """One value of an axis, from a choice, a name or a dict {name, option: value}."""
     known = AXES[axis]
-    if isinstance(value, tuple(known.values())):
+    if isinstance(value, _KINDS[axis]):
         return value
     options: dict[str, Any] = {}
     if isinstance(value, Mapping):

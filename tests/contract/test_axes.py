@@ -2,7 +2,8 @@
 
 import itertools
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
 from rankwise.recipe import LEGALITY, Recipe
 from rankwise.sites import adapted_sites
-from rankwise.updates import UPDATES
+from rankwise.updates import UPDATES, Site, Slot, UpdateChoice, lora_slots
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]  # a group of two, and the wide input
 # alpha / rank = 2.5 is no power of two, so that a start that cancels only by luck shows
@@ -146,6 +147,19 @@ def test_every_illegal_combination_is_refused_with_the_reason_of_a_row() -> None
 
 
 # One recipe for each row of the table that breaks this row and no other.
+@dataclass(frozen=True)
+class Routed(UpdateChoice):
+    """Stands for the updates of later parts whose core depends on the token; no registered update has one yet."""
+
+    name: ClassVar[str] = "routed"
+    module: ClassVar[Any] = None
+    roles: ClassVar[frozenset[str]] = frozenset({"down", "up"})
+    constant_core: ClassVar[bool] = False
+
+    def slots(self, site: Site) -> dict[str, Slot]:
+        return lora_slots(site)
+
+
 ROWS: list[dict[str, Any]] = [
     {"update": "none", "gain": "none", "init": "own"},
     {"update": "vera", "init": "pissa"},
@@ -159,6 +173,8 @@ ROWS: list[dict[str, Any]] = [
     {"base": "fold", "init": "pissa", "dropout": 0.1},
     {"init": "random-up", "frozen": {"down"}},
     {"init": "kaiming", "frozen": {"up"}},
+    {"update": Routed(), "gain": "dora"},
+    {"update": Routed(), "init": "pissa"},
     {"init": "pissa", "frozen": {"down", "up"}},
 ]
 

@@ -1,0 +1,206 @@
+"""The command line, thin: each command reads its arguments, calls the package and prints. Nothing heavy is imported before a command runs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.errors import RankwiseError, TrainingError
+
+app = typer.Typer(
+    name="rankwise",
+    help="Low-rank fine-tuning on one equation and seven composable axes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.lr=1e-3 method.name=dora")]
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER|RUN", help="folder of an adapter or of a run")]
+Base = Annotated[str | None, typer.Option("--model", help="the base model, if it is not where the training found it")]
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # a pipe or a log has no width of its own
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    """Read by `main`, which handles errors."""
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="folder of the run; an earlier demo there is removed")] = Path("runs/demo")) -> None:
+    """Train the bundled base offline on a CPU in about a minute and see what changed."""
+    from rankwise.demo.show import run_demo
+
+    run_demo(output, _console())
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method in full")] = None) -> None:
+    """Every method on its axes, or one in full with its paper."""
+    from rankwise.methods import describe, methods_table
+
+    if name is None:
+        _console().print(methods_table())
+    else:
+        print(describe(name))
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Targets, parameters, memory and data, before anything runs. Reads no weights."""
+    from rankwise.training.forecast import forecast
+
+    _loud(forecast, config, overrides or [])
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove an earlier run in the output folder")] = False,
+) -> None:
+    """One run from one file; the same command again goes on where it stopped."""
+    from rankwise.training.run import train as run
+
+    run(config, overrides or [], fresh, _console())
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str | None, typer.Option(help="rows of the task; default: the run's own")] = None,
+    general: Annotated[str | None, typer.Option(help="general text; default: the run's own")] = None,
+    model: Base = None,
+) -> None:
+    """Scores of the base and of the adapter on held-out rows."""
+    from rankwise.training.evaluate import scores_table
+    from rankwise.training.quiet import quiet
+    from rankwise.training.use import evaluate as scores
+    from rankwise.training.use import open_adapter
+
+    quiet()
+    _console().print(scores_table(*scores(open_adapter(adapter, model), data, general), headings=("base", "adapter")))
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="what to answer or continue")],
+    tokens: Annotated[int, typer.Option(min=1, help="at most so many new tokens")] = 128,
+    compare: Annotated[bool, typer.Option("--compare", help="the base's answer too, before the adapter's")] = False,
+    model: Base = None,
+) -> None:
+    """Write greedily with the adapter, or with the base and the adapter one after the other."""
+    from rankwise.training.quiet import quiet
+    from rankwise.training.use import generate as write
+    from rankwise.training.use import open_adapter
+
+    quiet()
+    written = write(open_adapter(adapter, model), prompt, tokens, compare)
+    if not compare:
+        print(written["adapter"])
+        return
+    for name, text in written.items():
+        print(f"--- {name} ---\n{text}")
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the new model folder")],
+    model: Base = None,
+) -> None:
+    """Write base plus adapter as an ordinary model folder, loaded again and compared before it says done."""
+    from rankwise.training.quiet import quiet
+    from rankwise.training.use import merge as write
+
+    quiet()
+    done = write(adapter, output, model)
+    print(f"merged into {done['folder']} in {done['dtype']}; loaded again, its logits on a prompt are those that were merged, and differ")
+    print(f"from the adapter's by {done['difference']:.1e} of the largest one (rounding of the weights; {done['tolerance']:g} is allowed)")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, what each dtype really does here, what is missing and how to get it."""
+    from rankwise.doctor import report
+
+    if not report(_console()):
+        raise typer.Exit(1)
+
+
+def _loud(command: Callable[..., str], *arguments: Any) -> None:
+    print(command(*arguments))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and exits: 0 done, 1 a run that failed, 2 usage, configuration or data, 130 interrupted."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command and returns its exit code. Errors are one line on stderr; a traceback only with --debug."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]  # wherever it stands
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt) as stop:
+        return _fail(str(stop) or "interrupted; give the same command again to go on from the last checkpoint", 130, debug)
+    except TrainingError as error:
+        return _fail(str(error), 1, debug)
+    except RankwiseError as error:
+        return _fail(str(error), 2, debug)
+    except ModuleNotFoundError as error:
+        return _fail(_missing(error), 2, debug)
+    except MemoryError:
+        return _fail("not enough memory; lower train.batch_size or train.max_length, or set train.checkpointing=true", 1, debug)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of click, or of the copy of click that newer versions of typer carry
+            return _usage(error, debug)
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail("the GPU's memory is full; lower train.batch_size or set train.checkpointing=true", 1, debug)
+        text = str(error).strip().splitlines()
+        return _fail(f"{type(error).__name__}: {text[0] if text else 'no message'} (unexpected; --debug shows where)", 1, debug)
+
+
+def _usage(error: Any, debug: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    return _fail(f"{error.format_message()}; rankwise --help lists the commands, rankwise COMMAND --help their options", 2, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    name = (error.name or "").partition(".")[0]
+    if name in ("transformers", "trl", "datasets", "accelerate", "jinja2", "matplotlib"):
+        return f"this command needs {name}, which is not installed; get it with: pip install 'rankwise[train]'"
+    return f"the package {name} is not installed; get it with: pip install {name}"
+
+
+__all__ = ["app", "main", "run"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The methods for readers: three sentences on each recipe (what it is, when to take it, what it costs), and tables of axes and options."""
+
+import inspect
+import re
+from typing import Any, NamedTuple
+
+from rankwise.errors import ConfigError, nearest
+from rankwise.recipe import AXES
+from rankwise.recipes import RECIPES
+
+
+class About(NamedTuple):
+    """Three sentences."""
+
+    what: str
+    when: str
+    cost: str
+
+
+ABOUT: dict[str, About] = {
+    "lora": About(
+        "A trained pair of thin matrices is added to each frozen weight.",
+        "Take it first: it is the baseline that every other method is measured against.",
+        "Trains rank * (in + out) numbers a site; merged into the base it costs nothing at inference.",
+    ),
+    "rslora": About(
+        "LoRA whose scaling is alpha over the square root of the rank, so that large ranks still learn.",
+        "Take it when the rank is 64 or more; at small ranks it is LoRA with a larger alpha.",
+        "The same as LoRA.",
+    ),
+    "lora-plus": About(
+        "LoRA whose output-side factor learns faster than the input-side one by a fixed ratio.",
+        "Take it when LoRA learns too slowly and raising the one learning rate makes it unstable.",
+        "The same as LoRA.",
+    ),
+    "lora-fa": About(
+        "LoRA with the input-side factor frozen at its random start.",
+        "Take it when activations are what fills the memory: only the thin projection is kept for the backward.",
+        "Trains rank * out numbers a site, and keeps rank instead of in numbers per token.",
+    ),
+    "dora": About(
+        "LoRA moves the direction of each weight row, and a trained length scales the row.",
+        "Take it at small ranks, or where LoRA stays behind full fine-tuning.",
+        "One more number per output row, and a row norm of the adapted weight in every training step; merged it costs nothing.",
+    ),
+    "pissa": About(
+        "LoRA that starts at the principal singular components of the weight instead of at zero.",
+        "Take it when training is short and should fall fast from the first steps.",
+        "One decomposition a site before training, and a frozen copy of the start while the base is kept untouched.",
+    ),
+    "milora-svd": About(
+        "LoRA that starts at the smallest singular components, so that it moves what the base uses least.",
+        "Take it when what the base knows should be kept.",
+        "One decomposition a site before training, and a frozen copy of the start while the base is kept untouched.",
+    ),
+    "olora": About(
+        "LoRA that starts at the QR decomposition of the weight, with orthonormal directions.",
+        "Take it as PiSSA, where a decomposition should be cheap.",
+        "One QR a site before training, and a frozen copy of the start while the base is kept untouched.",
+    ),
+    "moslora": About(
+        "A trained rank-by-rank mixer stands between LoRA's two factors.",
+        "Take it to let the subspaces of the two factors combine freely at the same rank.",
+        "LoRA and rank * rank numbers more a site; merged it costs nothing.",
+    ),
+    "vera": About(
+        "Two trained vectors scale a frozen random pair that all sites share.",
+        "Take it when very many adapters must be stored; it wants a high rank and a high learning rate.",
+        "Trains rank + out numbers a site; the shared pair is drawn again from its seed and need not be stored.",
+    ),
+    "propulsion": About(
+        "Every output of a site is multiplied by a trained power; there are no factors.",
+        "Take it when next to nothing may be trained.",
+        "Trains out numbers a site; merged it costs nothing.",
+    ),
+}
+
+
+def paper(name: str) -> str:
+    """Authors, year and arXiv number, as the recipe's own docstring gives them."""
+    match = re.search(r"\(([^()]*arXiv [\d.]+)\)", RECIPES[name].__doc__ or "")
+    return match[1] if match else ""
+
+
+def known(name: str) -> str:
+    """The name of a recipe, underscores allowed. Raises ConfigError with the nearest one."""
+    plain = name.replace("_", "-")
+    if plain not in RECIPES:
+        raise ConfigError(f"method {name!r} is unknown{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}")
+    return plain
+
+
+def methods_table() -> Any:
+    """A rich table of every recipe on its axes. A dash is the axis' ordinary value."""
+    from rich import box
+    from rich.table import Table
+
+    shown = ("update", "gain", "init", "gradient")
+    table = Table(title="Methods", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("method", *shown, "frozen", "lr", "paper"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "paper")
+    for name, function in RECIPES.items():
+        recipe = function()
+        values = [getattr(recipe, axis).name for axis in shown]
+        axes = ["-" if value in ("none", "plain") else value for value in values]
+        table.add_row(name, *axes, ", ".join(sorted(recipe.frozen)) or "-", f"{recipe.lr:g}", paper(name))
+    return table
+
+
+def describe(name: str) -> str:
+    """One recipe in full: three sentences, axes, options with their defaults, paper."""
+    name = known(name)
+    recipe = RECIPES[name]()
+    lines = [f"{name}: {ABOUT[name].what}", ABOUT[name].when, f"Cost: {ABOUT[name].cost}", "", "Axes"]
+    lines += [f"  {axis:9} {getattr(recipe, axis).name}" for axis in AXES]
+    lines += ["", f"Options under method: {{name: {name}, ...}}"]
+    own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
+    lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
+    alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+    lines.append(
+        f"  and of every recipe: rank = {recipe.rank}, alpha = {alpha:g}, scaling = {recipe.scaling!r}, dropout = {recipe.dropout:g},"
+    )
+    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, frozen, base, and each axis by its name")
+    lines += ["", f"Learning rate {recipe.lr:g}; worth searching from {recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}"]
+    lines.append(f"Paper: {paper(name)}")
+    return "\n".join(lines)
+
+
+def _type(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

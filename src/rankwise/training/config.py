@@ -1,0 +1,280 @@
+"""One YAML file, checked: the keys, dotted overrides, and the recipe that a configuration asks for.
+
+Twenty-five keys and no more. What belongs to a method (its options, the axes, patterns of ranks) stands under `method`, because a
+recipe's own function already knows and checks it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rankwise.errors import ConfigError, nearest
+
+Task = Literal["completion", "chat", "text", "classification"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Strict):
+    """Where the rows are: a file, a folder or a Hub name each; 'demo' is the bundled sample."""
+
+    train: str = Field(description="rows to train on")
+    eval: str | None = Field(None, description="rows of the same task to evaluate on, before and after")
+    general: str | None = Field(None, description="general text: how much is forgotten (causal tasks)")
+
+
+class TrainConfig(_Strict):
+    """How long, how fast and how precisely."""
+
+    epochs: float = Field(2.0, gt=0, description="passes over the training rows")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    lr: float | None = Field(None, gt=0, description="learning rate; default: the recipe's own")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after the warmup")
+    warmup: float = Field(0.0, ge=0, description="steps of warmup, or a share of all steps if below 1")
+    batch_size: int = Field(8, ge=1, description="rows a forward")
+    accumulate: int = Field(1, ge=1, description="forwards a step")
+    max_length: int = Field(512, ge=2, description="tokens a row; longer rows are cut, which must be allowed")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of what trains")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: before and after only")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints; one is written at the end in any case")
+    loss_on: Literal["completion", "assistant", "last", "all"] = Field("completion", description="which tokens have a loss")
+
+
+class Config(_Strict):
+    """Everything that defines a run. Paths are relative to the working directory."""
+
+    model: str = Field(description="a model folder; 'demo' and 'minilm' are models that come with the package and its test extra")
+    task: Task = Field("completion", description="completion, chat, text or classification")
+    data: DataConfig = Field(description="a path, or {train, eval, general}")
+    method: dict[str, Any] = Field({"name": "lora"}, description="a recipe's name, or {name, its options, axes such as gain: dora}")
+    rank: int | None = Field(None, ge=1, description="inner size of the factors; default: the recipe's own")
+    alpha: float | None = Field(None, gt=0, description="numerator of the scaling; default: the recipe's own")
+    dropout: float | None = Field(None, ge=0, lt=1, description="probability on the branch's input")
+    targets: Any = Field(None, description="what is adapted: a pattern, a list, or {include, exclude, layers}; default: all-linear")
+    allow: tuple[str, ...] = Field((), description="problems of the data to let pass, as the refusal names them")
+    train: TrainConfig = Field(TrainConfig(), description="how to train")  # type: ignore[call-arg]
+    output: str = Field("runs/run", description="folder of the run")
+    seed: int = Field(0, ge=0, description="seed of factors, data order, dropout and a new head")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _file(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str) else value
+
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+# A scalar that is overridden at a deeper key becomes a mapping first: `method: lora` with method.ratio=8.
+_SCALAR_KEY = {"method": "name", "data": "train", "targets": "include"}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a YAML file and dotted overrides such as 'train.lr=1e-3'.
+
+    Raises:
+        ConfigError: no such file, broken YAML (with its line), an unknown key (with the nearest one), a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    plain = parse_yaml(text, str(path))
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} holds no keys; a configuration needs at least model and data")
+    return make_config(plain, overrides, str(path))
+
+
+def make_config(plain: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "the configuration") -> Config:
+    """A configuration from a mapping and overrides. Raises ConfigError as `load_config`."""
+    merged = _copy(plain)
+    for override in overrides:
+        _override(merged, override)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, where)) from None
+    resolve(config)  # a method that cannot be built is refused here, before a model is loaded
+    return config
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML in which 1e-3 is a number and a key may stand only once. Raises ConfigError with file and line."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader that refuses doubled keys."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise ConfigError(f"{where}, line {key_node.start_mark.line + 1}: key {key!r} stands there twice; remove one")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 asks for a dot and a signed exponent, so that 1e-3 and 1e3 would be strings
+    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _override(plain: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as train.lr=1e-3")
+    place = plain
+    for depth, key in enumerate(keys[:-1]):
+        inner = place.get(key)
+        if depth == 0 and key in _SCALAR_KEY and inner is not None and not isinstance(inner, dict):
+            inner = {_SCALAR_KEY[key]: inner}
+        elif inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])}={inner!r} holds no further keys")
+        place[key] = inner
+        place = inner
+    place[keys[-1]] = parse_yaml(text, f"override {override!r}")
+
+
+def keys() -> dict[str, str]:
+    """Every key in dotted form -> what it is, in the order of the documentation."""
+    found: dict[str, str] = {}
+    for name, item in Config.model_fields.items():
+        if name == "train":
+            found.update({f"train.{key}": inner.description or "" for key, inner in TrainConfig.model_fields.items()})
+        else:
+            found[name] = item.description or ""
+    return found
+
+
+def _first_problem(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {name!r}{_nearest_key(name)}"
+    if first["type"] == "missing":
+        return f"{where}: key {name!r} is missing; add it, for example {name}=..."
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: {name}={first.get('input')!r} is not valid: {message}"
+
+
+def _nearest_key(name: str) -> str:
+    import dataclasses
+
+    from rankwise.recipe import Recipe
+
+    known = ["train", *keys(), *(f"data.{key}" for key in DataConfig.model_fields)]
+    last = name.rpartition(".")[2]
+    # the right word under the wrong parent is the commonest slip
+    misplaced = [key for key in known if key.rpartition(".")[2] == last]
+    if misplaced:
+        return f"; did you mean {misplaced[0]!r}?"
+    if name in {item.name for item in dataclasses.fields(Recipe)}:
+        return f"; this belongs to the method: write method.{name}"
+    return nearest(name, known, 1) or nearest(last, known, 1) or f"; the keys are {', '.join(known)}"
+
+
+def resolve(config: Config) -> Any:
+    """The recipe of a configuration: the named function with its options, then rank, alpha, dropout, targets and seed.
+
+    Raises:
+        ConfigError: an unknown recipe or option. RecipeError: values that cannot be combined.
+    """
+    from rankwise.recipes import RECIPES
+
+    options = dict(config.method)
+    name = options.pop("name", "lora")
+    if name not in RECIPES:
+        raise ConfigError(f"method={name!r} is unknown{nearest(str(name), RECIPES)} The methods are {', '.join(RECIPES)}")
+    given = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout, "targets": config.targets}
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key in options:
+            raise ConfigError(f"{key}={value!r} and method.{key}={options[key]!r} say the same thing twice; remove one")
+        options[key] = value
+    options = _checked(RECIPES[name], name, options)
+    return RECIPES[name](**options, seed=config.seed)
+
+
+def _checked(function: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the annotations of the recipe's function and of Recipe's fields; the axes and targets check themselves."""
+    from typing import get_type_hints
+
+    from pydantic import TypeAdapter
+
+    from rankwise.recipe import AXES, Recipe
+
+    own = {key: hint for key, hint in get_type_hints(function).items() if key not in ("fields", "return")}
+    fields = {key: hint for key, hint in get_type_hints(Recipe).items() if key not in ("name", "seed", "lr", "lr_bracket")}
+    checked: dict[str, Any] = {}
+    for key, value in options.items():
+        hint = own.get(key, fields.get(key))
+        if hint is None:
+            listed = _listed(own, fields)
+            raise ConfigError(f"method {name!r} has no option {key!r}{nearest(key, [*own, *fields])} It takes {listed}")
+        if key in AXES or key == "targets":
+            checked[key] = value
+            continue
+        try:
+            checked[key] = TypeAdapter(hint).validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise ConfigError(f"method.{key}={value!r} is not valid for {name!r}: {message[0].lower() + message[1:]}") from None
+    return checked
+
+
+def _listed(own: Iterable[str], fields: Iterable[str]) -> str:
+    return f"{', '.join(own) or 'no options of its own'}; and of every recipe: {', '.join(fields)}"
+
+
+def resolved(config: Config) -> Config:
+    """The same run spelled out: paths absolute, the learning rate filled in. What is saved with a run and compared on resume."""
+    recipe = resolve(config)
+
+    def absolute(value: str | None) -> str | None:
+        if value is None or not Path(value).expanduser().exists() or value in ("demo", "minilm"):
+            return value
+        return str(Path(value).expanduser().resolve())
+
+    data = config.data.model_copy(update={key: absolute(getattr(config.data, key)) for key in DataConfig.model_fields})
+    train = config.train.model_copy(update={"lr": recipe.lr if config.train.lr is None else config.train.lr})
+    return config.model_copy(update={"model": absolute(config.model), "data": data, "train": train, "output": str(Path(config.output))})
+
+
+def to_yaml(config: Config) -> str:
+    """A configuration as YAML that `load_config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,125 @@
+"""Rows of a configuration, read, recognised, encoded and checked: everything that happens to data before a step is taken."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rankwise.errors import ConfigError
+from rankwise.training.collate import Collator
+from rankwise.training.config import Config
+from rankwise.training.encoded import ALLOWED
+from rankwise.training.rows import Rows, read_rows
+
+DEMO_FILES = {
+    "causal": {"train": "train.jsonl", "eval": "test.jsonl", "general": "general.jsonl"},
+    "classification": {"train": "sections-train.jsonl", "eval": "sections-test.jsonl"},
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The encoded rows of a run: what is trained on, and named sets to score."""
+
+    train: Any
+    scored: dict[str, Any]  # 'task', 'general' -> encoded rows
+    collate: Callable[..., Any]
+    shape: str
+    labels: list[str] | None  # the classes of a classifier
+
+    def report(self) -> dict[str, Any]:
+        """What was counted in each set of rows, as plain values."""
+        sets = {"train": self.train, **self.scored}
+        return {name: {"source": encoded.source, **dataclasses.asdict(encoded.report)} for name, encoded in sets.items()}
+
+    def text(self) -> str:
+        """The same as lines to print."""
+        about = "" if self.labels else f"; loss on {self.train.loss_on}"
+        lines = [f"Rows are {self.shape}{about}"]
+        for name, encoded in {"train": self.train, **self.scored}.items():
+            lines += [f"{name}: {line}" for line in (_class_text(encoded) if self.labels else encoded.report.text()).splitlines()]
+        if self.labels:
+            lines.append(f"classes ({len(self.labels)}): " + ", ".join(f"{name} {count}" for name, count in self.train.counts.items()))
+        return "\n".join(lines)
+
+
+def _class_text(encoded: Any) -> str:
+    report = encoded.report
+    cut = f"; {report.cut:,} are longer than {encoded.max_length} and are cut, as is usual for classification" if report.cut else ""
+    return "\n".join([f"{report.rows:,} rows, {report.tokens:,} tokens, longest {report.longest:,}{cut}", *report.notes])
+
+
+def source_path(name: str | None, part: str, task: str) -> str | None:
+    """The path behind a data source's name: 'demo' and 'demo/FILE.jsonl' are the bundled files."""
+    if name is None or not (name == "demo" or name.startswith("demo/")) or Path(name).exists():
+        return name
+    from rankwise.demo import data_file
+
+    files = DEMO_FILES["classification" if task == "classification" else "causal"]
+    file = files.get(part) if name == "demo" else name.removeprefix("demo/")
+    if file is None:
+        raise ConfigError(f"data.{part}='demo': the bundled sample has no such file for task={task!r}")
+    try:
+        return str(data_file(file))
+    except FileNotFoundError as error:
+        raise ConfigError(f"data.{part}={name!r}: {error}") from None
+
+
+def source_names(config: Config) -> dict[str, tuple[str, str | None] | None]:
+    """part -> (path or Hub name, split), for train, eval and general. A folder or Hub name given for training brings its held-out split;
+    `data: demo` brings all parts of the sample."""
+    data, task = config.data, config.task
+    whole_demo = data.train == "demo"
+    names: dict[str, tuple[str, str | None] | None] = {"train": (str(source_path(data.train, "train", task)), None)}
+    for part in ("eval", "general"):
+        given = getattr(data, part)
+        if given is None and whole_demo and (part == "eval" or task != "classification"):
+            given = "demo"
+        path = source_path(given, part, task)
+        names[part] = None if path is None else (path, "test" if part == "eval" and not Path(path).is_file() else None)
+    return names
+
+
+def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> Prepared:
+    """Reads, recognises, encodes and checks the rows that a configuration names. `labels` are the classes, where they are known already.
+
+    Raises:
+        DataError: as `read_rows`, `recognise`, `encode_rows`; rows without a supervised token, cut answers or missing end tokens that
+            `allow` does not name; labels outside the training rows' classes.
+    """
+    rows = {part: None if found is None else read_rows(found[0], found[1]) for part, found in source_names(config).items()}
+    train = cast(Rows, rows["train"])
+    if config.task == "classification":
+        if rows["general"] is not None:
+            raise ConfigError("data.general is for causal language models; a classifier has no loss on general text; take it out")
+        return _classification(config, train, rows["eval"], tokenizer, labels)
+    return _causal(config, train, rows["eval"], rows["general"], tokenizer)
+
+
+def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any) -> Prepared:
+    from rankwise.training.encoded import check_encoded
+    from rankwise.training.shapes import recognise
+    from rankwise.training.tokenize import encode_rows
+
+    length, loss_on = config.train.max_length, config.train.loss_on
+    shape = recognise(train_rows, config.task)
+    train = check_encoded(encode_rows(train_rows, shape, tokenizer, length, loss_on), config.allow)
+    scored: dict[str, Any] = {}
+    if eval_rows is not None:
+        encoded = encode_rows(eval_rows, recognise(eval_rows, config.task), tokenizer, length, loss_on, train=train)
+        scored["task"] = check_encoded(encoded, config.allow)
+    if general_rows is not None:
+        # only measured, never trained on: a text that is cut is still a text, so that needs no leave
+        encoded = encode_rows(general_rows, recognise(general_rows, "text"), tokenizer, length, "all")
+        scored["general"] = check_encoded(encoded, ALLOWED)
+    return Prepared(train, scored, Collator(tokenizer.pad_token_id), shape.describe(), None)
+
+
+def _classification(config: Config, train_rows: Rows, eval_rows: Rows | None, tokenizer: Any, labels: list[str] | None) -> Prepared:
+    from rankwise.training.classification import encode_classification
+
+    length = config.train.max_length
+    train = encode_classification(train_rows, tokenizer, length, labels)
+    scored = {} if eval_rows is None else {"task": encode_classification(eval_rows, tokenizer, length, train.names)}
+    return Prepared(train, scored, Collator(tokenizer.pad_token_id), "text and label", list(train.names))

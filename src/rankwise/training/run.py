@@ -1,0 +1,259 @@
+"""One training run from one configuration: data, model, adapters, evaluation, training, evaluation, adapter. Resumable at any moment."""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.training.config import Config, load_config, make_config, resolve, resolved
+from rankwise.training.evaluate import causal_scores, class_scores, scores_table
+from rankwise.training.folder import RunFolder, begin, config_of, identity, look, write_json
+from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
+from rankwise.training.prepare import Prepared, prepare, source_names
+from rankwise.training.progress import say
+from rankwise.training.quiet import quiet
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left: its folder, the steps taken, and the scores of each set of rows before and after."""
+
+    run: RunFolder
+    steps: int
+    before: Scores
+    after: Scores
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return self.run.adapter
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by the user; its message says how to go on."""
+
+
+def train(
+    config: Config | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    console: Any = None,
+    closing: bool = True,
+) -> Result:
+    """Trains as a configuration says, or goes on with the same run if its output folder holds one.
+
+    Args:
+        config: a configuration, a mapping, or the path of a YAML file.
+        overrides: dotted overrides such as 'train.lr=1e-3', for a mapping or a file.
+        fresh: start over; what an earlier run wrote into the output folder is removed.
+        console: a rich console to print to; None prints to standard output.
+        closing: print where the adapter lies and what to type next.
+
+    Raises:
+        ConfigError, DataError, RecipeError, TargetError: before anything is trained.
+        TrainingError: a loss that is no number, a site without gradients, a checkpoint that cannot be written.
+        Interrupted: Ctrl-C; the step at hand was finished and saved.
+    """
+    from rich.console import Console
+
+    quiet()
+    console = console or Console()
+    if not isinstance(config, Config):
+        config = make_config(config, overrides) if isinstance(config, Mapping) else load_config(config, overrides)
+    config = resolved(config)
+    mine = identity(config, [None if found is None else found[0] for found in source_names(config).values()])
+    run, state = look(Path(config.output), mine, fresh)
+    if state == "finished":
+        return _finished(run, console)
+    tokenizer, notes = load_tokenizer(model_folder(config.model))
+    data = prepare(config, tokenizer)
+    say(console, data.text())
+    _show_rows(console, data, tokenizer)
+    loaded = adapted_model(config, data.labels)
+    for note in dict.fromkeys([*notes, *loaded.notes]):
+        say(console, f"Note  {note}")
+    plan = str(loaded.model.rankwise.plan)
+    say(console, plan)
+    if state == "new":
+        begin(run, config, mine, plan, data.report())
+    result = _trained(config, run, data, loaded, console)
+    if closing:
+        say(console, next_steps(run, config))
+    return result
+
+
+def adapted_model(config: Config, labels: Sequence[str] | None) -> Loaded:
+    """The base of a configuration with its adapters; a classifier's head trains in full."""
+    import rankwise as rw
+
+    dtype = pick_precision(config.train.precision, pick_device())
+    loaded = load_model(config.model, config.task, labels, dtype, config.seed)
+    recipe = resolve(config)
+    rw.adapt(loaded.model, recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules]))))
+    return loaded
+
+
+def scorer(config: Config, data: Prepared, model: Any) -> Callable[[], Scores]:
+    """A function that scores the model on every set of rows kept for that."""
+    dtype = pick_precision(config.train.precision, next(model.parameters()).device)
+    score = class_scores if config.task == "classification" else causal_scores
+
+    def scores() -> Scores:
+        return {name: score(model, encoded, data.collate, dtype) for name, encoded in data.scored.items()}
+
+    return scores
+
+
+def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, console: Any) -> Result:
+    import rankwise as rw
+    from rankwise.training.metrics import Recorder
+    from rankwise.training.progress import Progress
+
+    model = loaded.model
+    steps = total_steps(config, len(data.train))
+    scores = scorer(config, data, model)
+    before = _before(run, model, scores)
+    if before:
+        console.print(scores_table(before))
+    else:
+        say(console, "No rows to evaluate on; give data.eval to see what training does")
+    found = run.checkpoint()
+    if found:
+        say(console, f"Resuming {run.root} from its checkpoint at step {found[1]} of {steps}")
+    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay)
+    with Progress(console, steps) as progress:
+        recorder = Recorder(run, found[1] if found else 0, progress)
+        trainer = _trainer(config, run, data, loaded, optimizer, steps)
+        stop = trainer.follow(run, recorder, lambda: _flat(scores()))
+        with _first_interrupt(stop, console):
+            _loop(trainer, found, steps, config.seed)
+    if stop.asked and trainer.state.global_step < steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {steps}, which is saved; give the same command again to go on")
+    trainer.session.check_alive()
+    after = scores()
+    _save_adapter(run, config, data, model)
+    write_json(run / "results.json", {"finished": True, "steps": steps, "before": before, "after": after})
+    if after:
+        console.print(scores_table(before, after))
+    return Result(run, steps, before, after)
+
+
+def _loop(trainer: Any, found: tuple[Path, int] | None, steps: int, seed: int) -> None:
+    from transformers import set_seed
+
+    from rankwise.training.trainers import plain_forward
+
+    set_seed(seed)
+    try:
+        if found and found[1] >= steps:  # killed after the last step: only what comes after is left to do
+            trainer._load_from_checkpoint(str(found[0]))
+            trainer.state.global_step = found[1]
+        else:
+            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+    finally:
+        plain_forward(trainer.model)
+
+
+def _trainer(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, optimizer: Any, steps: int) -> Any:
+    from rankwise.training.trainers import arguments, classification_trainer
+
+    dtype = pick_precision(config.train.precision, loaded.device)
+    options = arguments(config, steps, run, loaded.device, dtype, bool(data.scored))
+    if config.task == "classification":
+        return classification_trainer(loaded.model, data.train, data.collate, optimizer, options)
+    from rankwise.training.causal import causal_trainer
+
+    return causal_trainer(loaded.model, loaded.tokenizer, data.train.as_dataset(), data.collate, optimizer, options)
+
+
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of a run: train.steps, or those of train.epochs passes; the last batch of a pass may be smaller."""
+    train = config.train
+    batches = -(-rows // train.batch_size)
+    per_epoch = -(-batches // train.accumulate)
+    return train.steps or max(1, math.ceil(train.epochs * per_epoch - 1e-9))
+
+
+def _before(run: RunFolder, model: Any, scores: Callable[[], Scores]) -> Scores:
+    """The base's scores, taken once: a resumed run reads them back."""
+    import rankwise as rw
+
+    path = run / "before.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    with rw.disabled(model):
+        before = scores()
+    write_json(path, before)
+    return before
+
+
+def _flat(scores: Scores) -> dict[str, float]:
+    return {f"{name}_{score}": value for name, each in scores.items() for score, value in each.items() if score not in ("tokens", "rows")}
+
+
+def _save_adapter(run: RunFolder, config: Config, data: Prepared, model: Any) -> None:
+    """The adapter and, beside it, what it takes to use it: the base, the task, the classes."""
+    import rankwise as rw
+    from rankwise.checkpoint.atomic import write_folder
+
+    about = {"model": config.model, "task": config.task, "labels": data.labels, "max_length": config.train.max_length}
+    with write_folder(run.adapter) as folder:
+        rw.save(model, folder)
+        write_json(folder / "training.json", about)
+
+
+def _show_rows(console: Any, data: Prepared, tokenizer: Any) -> None:
+    from rankwise.training.preview import preview
+
+    console.print(preview(data.train, tokenizer, 3))
+
+
+def _finished(run: RunFolder, console: Any) -> Result:
+    done = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    say(console, f"{run.root} is finished ({done['steps']} steps); nothing is left to do")
+    if done["after"]:
+        console.print(scores_table(done["before"], done["after"]))
+    say(console, next_steps(run, config_of(run)))
+    return Result(run, done["steps"], done["before"], done["after"])
+
+
+def next_steps(run: RunFolder, config: Config) -> str:
+    """Where the adapter lies and what can be done with it."""
+    lines = [f"The adapter lies in {run.adapter}", "Next:"]
+    lines.append(f"  rankwise evaluate {run.root}")
+    if config.task != "classification":
+        lines.append(f'  rankwise generate {run.root} --compare --prompt "..."')
+    lines.append(f"  rankwise merge {run.root} --output {run.root}-merged")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _first_interrupt(stop: Any, console: Any) -> Iterator[None]:
+    """The first Ctrl-C finishes the step and saves; the second one stops at once. Only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        say(console, "Stopping after this step; press Ctrl-C again to stop at once")
+
+    earlier = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+__all__ = ["Interrupted", "Result", "adapted_model", "scorer", "total_steps", "train"]

@@ -1,0 +1,234 @@
+"""A trained adapter in use: opened on its base, evaluated, asked to write, merged into a folder that other software loads."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.errors import CheckpointError, ConfigError
+from rankwise.training.config import Config, make_config
+from rankwise.training.folder import config_of, run_of
+from rankwise.training.models import Loaded, load_model, pick_device, pick_precision
+
+
+@dataclass
+class Opened:
+    """An adapter on its base, with what is known of its training."""
+
+    loaded: Loaded
+    adapter: Path
+    task: str
+    labels: list[str] | None
+    config: Config | None  # of the run, where the adapter lies in one
+
+    @property
+    def model(self) -> Any:
+        """The adapted model, in evaluation mode."""
+        return self.loaded.model
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter that a path means: an adapter folder, or a run's folder with a finished adapter or at least a checkpoint.
+
+    Raises:
+        CheckpointError: nothing of the kind is there.
+    """
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        return path
+    run = run_of(path)
+    if run is not None:
+        if run.adapter.is_dir():
+            return run.adapter
+        found = run.checkpoint()
+        if found:
+            return found[0] / "adapter"
+        raise CheckpointError(f"the run {run.root} has no adapter yet; train it first: rankwise train {run / 'config.yaml'}")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; give a run's folder or an adapter's")
+    raise CheckpointError(f"{path} is neither a run nor an adapter: it holds no adapter_config.json")
+
+
+def open_adapter(path: str | Path, base: str | None = None, dtype: torch.dtype | str | None = None) -> Opened:
+    """Loads the base and puts the adapter on it.
+
+    Args:
+        path: a run's folder or an adapter's.
+        base: the base model, where it is not the one that the training noted or lies elsewhere now.
+        dtype: of the base's weights; None takes the run's precision, 'auto' the folder's own.
+
+    Raises:
+        CheckpointError, ConfigError: no adapter, no base, or a base that is another one.
+    """
+    import rankwise as rw
+
+    folder = adapter_folder(path)
+    run = run_of(folder)
+    config = config_of(run) if run else None
+    about = _about(folder, config)
+    name = base or about["model"]
+    if not name:
+        raise ConfigError(f"the adapter in {folder} does not say which base it belongs to; give it with --model")
+    if dtype is None:
+        dtype = pick_precision(config.train.precision if config else "auto", pick_device())
+    loaded = load_model(name, about["task"], about["labels"], dtype, config.seed if config else 0)
+    rw.load(loaded.model, folder)
+    loaded.model.eval()
+    return Opened(loaded, folder, about["task"], about["labels"], config)
+
+
+def _about(folder: Path, config: Config | None) -> dict[str, Any]:
+    """Base, task and classes: from training.json beside the adapter, else from the run, else from PEFT's own file."""
+    about: dict[str, Any] = {"model": None, "task": "text", "labels": None}
+    for name, keys in (("adapter_config.json", {"base_model_name_or_path": "model"}), ("training.json", {key: key for key in about})):
+        if (folder / name).is_file():
+            stored = json.loads((folder / name).read_text(encoding="utf-8"))
+            about |= {mine: stored[theirs] for theirs, mine in keys.items() if stored.get(theirs)}
+    if config is not None:
+        about |= {"model": config.model, "task": config.task}
+    return about
+
+
+def evaluate(opened: Opened, data: str | None = None, general: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(scores of the base, scores with the adapter) on the run's own rows, or on rows given here.
+
+    Raises:
+        ConfigError: no rows are known. DataError: as in training.
+    """
+    import rankwise as rw
+    from rankwise.training.prepare import prepare
+    from rankwise.training.run import scorer
+
+    config = _evaluation_config(opened, data, general)
+    prepared = prepare(config, opened.loaded.tokenizer, opened.labels)
+    if not prepared.scored:
+        raise ConfigError("the run names no rows to evaluate on; give them with --data")
+    scores = scorer(config, prepared, opened.model)
+    with rw.disabled(opened.model):
+        before = scores()
+    return before, scores()
+
+
+def _evaluation_config(opened: Opened, data: str | None, general: str | None) -> Config:
+    if opened.config is None and data is None:
+        raise ConfigError(f"{opened.adapter} lies in no run, so there are no rows to evaluate on; give them with --data")
+    name = str(opened.loaded.folder)
+    config = opened.config or make_config({"model": name, "task": opened.task, "data": str(data), "allow": ["cut", "no-end", "empty"]})
+    if data is None and general is None:
+        return config
+    # the rows given take the place of the run's own; nothing is trained, so they stand for the training rows too
+    rows = {"train": data or config.data.train, "eval": data or config.data.eval, "general": general}
+    return config.model_copy(update={"data": config.data.model_copy(update=rows)})
+
+
+@torch.no_grad()
+def generate(opened: Opened, prompt: str, tokens: int = 128, compare: bool = False) -> dict[str, str]:
+    """What the model writes after a prompt, greedily: {'adapter': text}, and with `compare` {'base': text, 'adapter': text}.
+
+    A tokenizer with a chat template gets the prompt as a user's message, as in training; except for adapters trained on plain text.
+    """
+    import rankwise as rw
+
+    if opened.task == "classification":
+        raise ConfigError("a classifier does not write text; use evaluate")
+    written: dict[str, str] = {}
+    if compare:
+        with rw.disabled(opened.model):
+            written["base"] = _write(opened, prompt, tokens)
+    written["adapter"] = _write(opened, prompt, tokens)
+    return written
+
+
+def _write(opened: Opened, prompt: str, tokens: int) -> str:
+    tokenizer, model = opened.loaded.tokenizer, opened.model
+    if opened.task != "text" and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    else:
+        ids = _opened_ids(tokenizer, prompt)
+    ids = ids.to(opened.loaded.device)  # (1, length)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_ends(tokenizer, model),
+    )
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def _opened_ids(tokenizer: Any, text: str) -> torch.Tensor:
+    """Ids of a text with what the tokenizer puts before it, but no end token behind it. (1, length)"""
+    ids = tokenizer(text)["input_ids"]
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return torch.tensor([ids])
+
+
+def _ends(tokenizer: Any, model: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, the generation config's, and the chat template's own."""
+    stored = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(stored if isinstance(stored, list) else [stored])}
+    if getattr(tokenizer, "chat_template", None):
+        from rankwise.training.conversation import chat_format
+
+        end = chat_format(tokenizer).end_token
+        ends.add(tokenizer.convert_tokens_to_ids(end) if end else None)
+    return sorted(end for end in ends if end is not None)
+
+
+def merge(path: str | Path, output: str | Path, base: str | None = None, prompt: str = "The quick brown fox") -> Mapping[str, Any]:
+    """Writes base plus adapter as an ordinary model folder in the base's own dtype, and proves it: the folder is loaded again, and its
+    logits on a prompt are compared with those of the adapted model.
+
+    Returns:
+        {'folder', 'dtype', 'difference': largest difference of the logits over their largest magnitude, 'tolerance'}.
+
+    Raises:
+        ConfigError: the output exists. CheckpointError: the reloaded model differs by more than rounding the weights explains.
+    """
+    import rankwise as rw
+    from rankwise.checkpoint.atomic import write_folder
+
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output {output} exists; choose a new folder")
+    opened = open_adapter(path, base, "auto")
+    model, tokenizer = opened.model, opened.loaded.tokenizer
+    ids = _opened_ids(tokenizer, prompt).to(opened.loaded.device)
+    before = _logits(model, ids)
+    rw.merge(model, keep_base=False)
+    model.eval()
+    merged = _logits(model, ids)
+    dtype = next(model.parameters()).dtype
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
+    with write_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        again = load_model(str(folder), opened.task, opened.labels, "auto").model
+        difference = _difference(_logits(again, ids), before)
+        if not torch.equal(_logits(again, ids), merged):
+            raise CheckpointError("the merged model does not load as it was saved; nothing was written")
+        if not difference <= tolerance:
+            raise CheckpointError(
+                f"the merged model differs from the adapted one by {difference:.2g} of the largest logit, more than {tolerance:g}, which "
+                f"rounding to {dtype} does not explain; nothing was written"
+            )
+    return {"folder": output, "dtype": str(dtype).removeprefix("torch."), "difference": difference, "tolerance": tolerance}
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
