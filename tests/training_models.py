@@ -17,9 +17,7 @@ def make_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
 def make_world(root: Path) -> Path:
@@ -37,7 +35,9 @@ def make_world(root: Path) -> Path:
         tokenizer.save_pretrained(root / name)
     write_rows(root / "rows.jsonl", [{"prompt": f"say {i}", "completion": f"number {7 * i}"} for i in range(24)])
     write_rows(root / "general.jsonl", [{"text": f"some text {i}"} for i in range(6)])
-    write_rows(root / "classes.jsonl", [{"text": f"{'aaa' if i % 2 else 'bbb'} {i}", "label": "odd" if i % 2 else "even"} for i in range(24)])
+    write_rows(
+        root / "classes.jsonl", [{"text": f"{'aaa' if i % 2 else 'bbb'} {i}", "label": "odd" if i % 2 else "even"} for i in range(24)]
+    )
     return root
 
 

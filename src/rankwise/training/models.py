@@ -198,7 +198,9 @@ def load_model(
             raise ConfigError(f"the weights in {folder} do not load as a model for {task}: {str(error).strip().splitlines()[0]}") from None
     new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if new and task != "classification":
-        raise ConfigError(f"the weights in {folder} lack {len(new)} tensors of {type(model).__name__}, such as {new[0]}; is it another kind?")
+        raise ConfigError(
+            f"the weights in {folder} lack {len(new)} tensors of {type(model).__name__}, such as {new[0]}; is it another kind?"
+        )
     heads = head_names(model) if task == "classification" else []
     modules = list(dict.fromkeys([*heads, *(key.rpartition(".")[0] for key in new if key.partition(".")[0] not in heads)]))
     if new:
