@@ -49,7 +49,9 @@ def test_frozen_roles_get_no_gradient_and_leave_the_others_right(form: str, coun
     layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
     base=st.sampled_from(["linear", "conv1d", "subclass", "hooked", "trained"]),
 )
-def test_any_shape_layout_and_base(lead: list[int], sizes: tuple[int, int, int], core: str, flags: tuple, p: float, layout: str, base: str) -> None:
+def test_any_shape_layout_and_base(
+    lead: list[int], sizes: tuple[int, int, int], core: str, flags: tuple, p: float, layout: str, base: str
+) -> None:
     width, out, rank = sizes
     tail, gain, start, bias = flags
     terms = draw(width, out, rank, core, tail, gain, start, bias, seed=width)
@@ -76,7 +78,13 @@ def test_an_opaque_base_is_called_once_and_its_weight_can_train() -> None:
 def test_the_form_follows_a_fixed_rule() -> None:
     terms = draw(5, 6, 2, "none", False, False, False, True)
     x = torch.randn(3, 5, dtype=torch.float64)
-    for kind, form in [("linear", "fused"), ("conv1d", "fused"), ("subclass", "reference"), ("hooked", "reference"), ("trained", "reference")]:
+    for kind, form in [
+        ("linear", "fused"),
+        ("conv1d", "fused"),
+        ("subclass", "reference"),
+        ("hooked", "reference"),
+        ("trained", "reference"),
+    ]:
         assert equation.form_of(storage_of(base_layer(kind, terms)), x) == form, kind
 
 

@@ -10,7 +10,9 @@ from reference import forward, gated_forward, gradients
 from torch import Tensor
 
 from rankwise import equation
+from rankwise.equation import fused_form, reference_form
 from rankwise.errors import RecipeError
+from rankwise.storage.dense import DENSE
 
 torch.set_num_threads(1)
 
@@ -93,3 +95,21 @@ def test_single_and_half_precision_stay_within_rounding(dtype: torch.dtype, star
     for name, leaf in inputs.items():
         assert leaf.grad.dtype == leaf.dtype
         near(leaf.grad, wanted[name], tolerance, name)
+
+
+def test_a_gain_between_two_bf16_numbers_acts_in_full() -> None:
+    """A gain of 1 + 0.0059 would be 1 + 0.0078 in bf16. Every entry is rounded, so the size is taken over many: forward and backward."""
+    width, wanted = 256, 1.0059
+    x, g = (torch.randn(400, width, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2))
+    x.requires_grad_()
+    for form in ("fused", "reference"):
+        x.grad = None
+        weight, gain = torch.eye(width).bfloat16(), torch.full((width,), wanted)
+        if form == "fused":
+            y = fused_form(x, DENSE, (weight,), None, None, None, gain)
+        else:
+            y = reference_form(x, lambda t, weight=weight: t @ weight.T, None, None, None, gain)
+        y.backward(g)
+        for got, unit in ((y, x), (x.grad, g)):
+            size = (got.double() * unit.double()).sum() / unit.double().square().sum()
+            assert abs(size.item() - wanted) < 5e-4  # rounding to nearest has a bias of 2.5e-4 here; a gain in bf16 is off by 1.9e-3

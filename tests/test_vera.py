@@ -325,9 +325,9 @@ def test_a_freed_x_whose_address_is_used_again() -> None:
     module = site(model, "k_proj")
     addresses = []
     with torch.no_grad():
-        for step in range(20):
+        for step in range(100):
             x = torch.full((4, 16), float(step), dtype=torch.float64)
-            addresses.append((id(x), x.data_ptr()))
+            addresses.append(id(x))
             if step % 2 == 0:
                 model.q_proj(x)
             else:
@@ -335,7 +335,7 @@ def test_a_freed_x_whose_address_is_used_again() -> None:
                     model.k_proj(x), nn.functional.linear(x, dense_weight(module), module.bias), rtol=1e-12, atol=1e-12
                 )
             del x
-    assert len(set(addresses)) < 20  # or the test would show nothing
+    assert len(set(addresses)) < 100  # or the test would show nothing
 
 
 def test_the_projection_goes_with_x() -> None:

@@ -1,4 +1,4 @@
-"""The command line, thin: each command reads its arguments, calls the package and prints. Nothing heavy is imported before a command runs."""
+"""The command line, thin: each command reads its arguments, calls the package and prints. Heavy imports wait for it."""
 
 import sys
 from collections.abc import Callable

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rankwise.training.config import Config, load_config, make_config, resolve, resolved
 from rankwise.training.evaluate import causal_scores, class_scores, scores_table
 from rankwise.training.folder import RunFolder, begin, config_of, identity, look, write_json

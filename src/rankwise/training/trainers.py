@@ -182,7 +182,7 @@ def classification_trainer(
     """A trainer over rows of token ids and one class number each."""
     options = transformers.TrainingArguments(**arguments)
     options._n_gpu = min(options.n_gpu, 1)  # several visible GPUs must not turn into DataParallel
-    return RankwiseTrainer(
+    trainer = RankwiseTrainer(
         model=model,
         args=options,
         data_collator=collator,
@@ -190,6 +190,10 @@ def classification_trainer(
         eval_dataset=rows if options.eval_strategy != "no" else None,  # only asked for; `evaluate` is ours
         optimizers=(optimizer, None),
     )
+    # Trainer takes any forward with **kwargs for one that divides by the rows of all accumulated batches. Classifiers take the mean of
+    # each batch, so without this an accumulated gradient would be too large by the number of batches.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def plain_forward(model: Any) -> None:
