@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 LINES = [
     "The quick brown fox jumps over the lazy dog.",
     "A package that reads mail from a server and shows it on the screen.\n\nIt is small.",
-    "What is 12 plus 30? It's 42, naïve as it sounds – über 1000 words.",
+    "What is 12 plus 30? It's 42, naïve as it sounds / über 1000 words.",
     "user assistant system model [INST] [/INST] start end of turn",
 ]
 

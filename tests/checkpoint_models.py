@@ -3,18 +3,22 @@
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.errors import CheckpointError
 from rankwise.recipe import Recipe
 from rankwise.recipes import RECIPES
 from rankwise.sites import adapted_sites, trained_modules
 
 torch.set_num_threads(1)
 
+FILES = {"adapter_config.json", "adapter_model.safetensors", "rankwise.json"}
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(5))
 
 
@@ -80,7 +84,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def _named(name: str) -> Callable[[], Recipe]:
@@ -170,3 +174,15 @@ def trained(case: str) -> Any:
     """A model of a case, adapted and trained for three steps."""
     name, recipe, _ = CASES[case]
     return train(rw.adapt(base(name), recipe()))
+
+
+def refused(folder: Path, message: str, model: Any = None, **options: Any) -> None:
+    """Loading raises with the message, and the base is not touched."""
+    model = base() if model is None else model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        rw.load(model, folder, **options)
+    assert not adapted_sites(model)
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

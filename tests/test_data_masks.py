@@ -33,7 +33,7 @@ def supervised(made: Encoded, tokenizer) -> list[str]:
     return found
 
 
-TEXT = st.text(alphabet="abz A.,'\n\t 019é–漢🙂?!", min_size=1, max_size=24)
+TEXT = st.text(alphabet="abz A.,'\n\t 019é漢🙂?!", min_size=1, max_size=24)
 ANSWER = TEXT.filter(str.strip)
 
 
@@ -80,7 +80,8 @@ def test_prompt_ids_are_those_of_generation(name, data):
         assert ids[:first] == tokenizer(asked, add_special_tokens=False)["input_ids"]
         turn += len([text for text, loss in runs(ids, labels, tokenizer) if loss])
     assert turn == len(answered)
-    if len(made) == 1 and name != "two-ends":  # which ends the text behind the last answer only
+    # 'two-ends' ends the text behind the last answer only; 'mistral' moves the system prompt to a question that nobody answers
+    if len(made) == 1 and name != "two-ends" and row["messages"][-1]["role"] == "assistant":
         assert tokenizer.decode(made.input_ids[0]) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
 
 
@@ -150,7 +151,7 @@ def test_template_that_refuses_roles():
     rows = [conversation(("user", "a"), ("assistant", "b")), conversation(("system", "s"), ("user", "a"), ("assistant", "b"))]
     with pytest.raises(DataError, match=r"data.jsonl, line 2: .*refuses a conversation of system, user: no system role"):
         encoded(rows, tokenizer_of("gemma"))
-    with pytest.raises(DataError, match="line 1: .*refuses a conversation of nothing before its first assistant message"):
+    with pytest.raises(DataError, match=r"line 1: .*refuses a conversation of nothing before its first assistant message"):
         encoded([conversation(("assistant", "hi"), ("user", "a"), ("assistant", "b"))], tokenizer_of("llama2"))
 
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from rankwise.errors import TargetError
 from rankwise.inits import site_generator
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
-from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, switched, trained_modules
+from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
 from rankwise.updates import Site
 
@@ -28,6 +28,7 @@ class Adapted:
     fingerprint: str
     trainable: dict[str, bool]  # base parameter name -> requires_grad before
     notes: list[str] = field(default_factory=list)
+    untied_config: bool = False  # merging untied weights, and said so in the model's config
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, T
 
 def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | None:
     """What all sites of a plan share (VeRA's pool), made once, beside the first site; None where there is nothing."""
-    device, dtype = _placement(model.get_submodule(made.sites[0].name))
+    device, dtype = placement(model.get_submodule(made.sites[0].name))
     return recipe.update.shared(made.sites, device, dtype)
 
 
@@ -115,14 +116,6 @@ def build(
     return model
 
 
-def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point dtype of a base layer; fp32 where the layer holds no floating-point tensor."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-    return device, dtype
-
-
 def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
     if not recipe.update.shares_down:
         return {}
@@ -142,7 +135,7 @@ def _adapter(
     stored: Stored | None,
     notes: list[str],
 ) -> AdaptedLinear:
-    device, dtype = _placement(layer)
+    device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
     storage = storage_of(layer)
     update = None
@@ -162,7 +155,8 @@ def _adapter(
             update.begin(down, up, recipe.init.moves_base, generator)
             if recipe.init.moves_base:
                 factors = update.factors()
-                offset = Offset(factors.down, factors.effective_up() / site.scaling)
+                # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
+                offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
     folded = offset is not None and recipe.base == "fold"
     if folded and offset is not None:
         fold(layer, offset, site.scaling)
@@ -173,7 +167,7 @@ def _adapter(
         gain.begin(layer, storage, None if update is None else update.factors(), start)
         if stored is not None:
             gain.restore(**stored.gain)
-    return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, projection)
+    return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, None if projection is None else projection.member())
 
 
 @torch.no_grad()
@@ -204,7 +198,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[None]:
     """Within the block the base layers of a merged model hold their own weights again."""
-    merged_sites = [module for module in adapted_sites(model).values() if module.merged]
+    # a site that is off already has its base weight back, from the block around this one
+    merged_sites = [module for module in adapted_sites(model).values() if module.merged and module.enabled]
     for module in merged_sites:
         _swap_in(module)
     try:
@@ -217,7 +212,8 @@ def base_weights(model: nn.Module) -> Iterator[None]:
 class Reference(nn.Module):
     """The base of an adapted model as a callable model of its own, sharing every tensor: DPO's `ref_model` without a second copy.
 
-    Runs in evaluation mode and without gradients; has no parameters of its own; other attributes are the model's.
+    Runs in evaluation mode and without gradients, called or asked to `generate`; has no parameters of its own; other attributes are the
+    model's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -225,12 +221,22 @@ class Reference(nn.Module):
         object.__setattr__(self, "adapted_model", model)  # unregistered: its parameters are not ours
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.adapted_model
+        with self._as_base() as model:
+            return model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `generate`."""
+        with self._as_base() as model:
+            return cast(Any, model).generate(*args, **kwargs)
+
+    @contextmanager
+    def _as_base(self) -> Iterator[nn.Module]:
+        model: nn.Module = self.adapted_model
         modes = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
             with torch.no_grad(), disabled(model):
-                return model(*args, **kwargs)
+                yield model
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -264,23 +270,24 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
         TargetError: an update depends on the token, or the base cannot be written.
     """
     record = adapted(model)
+    _refuse_while_disabled(model, "merge")
     sites = adapted_sites(model)
     if any(module.merged for module in sites.values()):
         raise TargetError("the model is merged already; call rankwise.unmerge(model) first")
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(torch.isfinite(p).all())]
-    if broken:
-        raise TargetError(f"{broken[0]} is not finite, so nothing was merged; the adapter is broken: take an earlier checkpoint")
-    for name, module in sites.items():
-        _untie(model, module)
-        weight = module.merged_weight()
-        storage = module.storage
-        if keep_base:
-            module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
-        storage.write(module.base_layer, weight)
-        module.merged = True
-        if not keep_base:
-            _replace(model, name, module.base_layer)
+    try:
+        for module in sites.values():
+            _write_in(model, module)
+    except BaseException:  # all or nothing
+        for module in sites.values():
+            _take_out(module)
+        raise
+    config = getattr(model, "config", None)
+    if any(module.tied for module in sites.values()) and getattr(config, "tie_word_embeddings", False):
+        record.untied_config = True
+        cast(Any, config).tie_word_embeddings = False
     if not keep_base:
+        for name, module in sites.items():
+            _replace(model, name, module.base_layer)
         for name, trained in trained_modules(model).items():
             dtype = next(trained.base_layer.parameters()).dtype
             _replace(model, name, trained.trained.to(dtype))
@@ -288,31 +295,58 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     return model
 
 
+def _write_in(model: nn.Module, module: AdaptedLinear) -> None:
+    weight = module.merged_weight()
+    if not bool(torch.isfinite(weight).all()):
+        raise TargetError(f"the merged weight of {module.site.name} is not finite; the adapter is broken")
+    _untie(model, module)
+    storage = module.storage
+    module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
+    storage.write(module.base_layer, weight)
+    module.merged = True
+
+
+def _take_out(module: AdaptedLinear) -> None:
+    """The reverse of `_write_in`, also where that stopped before the end."""
+    if module.merged:
+        _swap_in(module)
+    if module.tied:
+        module.base_layer.weight = module.tied[0]
+    module.merged, module.kept_weight, module.tied = False, None, ()
+
+
 def _untie(model: nn.Module, module: AdaptedLinear) -> None:
-    """Gives a tied base layer a weight of its own, so that merging leaves the other owner alone."""
-    weight = module.base_layer.weight
-    owners = [
-        other
-        for other in model.modules()
-        if other is not module.base_layer and any(parameter is weight for parameter in other._parameters.values())
-    ]
-    if owners:
-        module.base_layer.weight = nn.Parameter(cast(Tensor, weight).detach().clone(), requires_grad=False)
-        config = getattr(model, "config", None)
-        if config is not None and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
+    """Gives a tied base layer a weight of its own, so that merging leaves the other owner alone; the layer remembers the common one."""
+    weight = getattr(module.base_layer, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return
+    if any(
+        other is not module.base_layer and any(parameter is weight for parameter in other._parameters.values()) for other in model.modules()
+    ):
+        module.tied = (weight,)
+        module.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def _refuse_while_disabled(model: nn.Module, what: str) -> None:
+    if not all(module.enabled for module in adapted_sites(model).values()):
+        raise TargetError(
+            f"{what} cannot run inside rankwise.disabled(model), which would put the weights of before back; leave the block first"
+        )
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
     """Takes the updates out of the base weights again: the base comes back bit for bit, from its copy."""
-    adapted(model)
+    record = adapted(model)
+    _refuse_while_disabled(model, "unmerge")
     sites = [module for module in adapted_sites(model).values() if module.merged]
     if not sites:
         raise TargetError("the model is not merged; call rankwise.merge(model) first")
     for module in sites:
-        _swap_in(module)
-        module.merged, module.kept_weight = False, None
+        _take_out(module)
+    if record.untied_config:
+        record.untied_config = False
+        cast(Any, model).config.tie_word_embeddings = True
     return model
 
 
@@ -333,6 +367,7 @@ def unadapt(model: nn.Module) -> nn.Module:
     """Takes the adapters off and gives back the base, bit for bit (to rounding where a recipe rewrote it), with its parameters set as
     before."""
     record = adapted(model)
+    _refuse_while_disabled(model, "unadapt")
     if any(module.merged for module in adapted_sites(model).values()):
         unmerge(model)
     for name, module in adapted_sites(model).items():

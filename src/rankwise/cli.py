@@ -1,4 +1,4 @@
-"""The command line, thin: each command reads its arguments, calls the package and prints. Heavy imports wait for a command."""
+"""The command line, thin: each command reads its arguments, calls the package and prints. Heavy imports wait for it."""
 
 import functools
 import sys

@@ -19,6 +19,8 @@ A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equ
 dtype, while the factors stand where they started.
 """
 
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rankwise.errors import RecipeError
 from rankwise.storage import Storage
 
 TokenCore = Callable[[Tensor, Tensor], Tensor]
@@ -48,8 +51,9 @@ class Factors:
         return _effective_up(self.up, self.core, self.tail, self.scaling)
 
     def delta(self) -> Tensor:
-        """The dense update (out, in), in the factors' own dtype."""
-        return self.effective_up() @ self.down
+        """The dense update (out, in), in the dtype of the trained factors (a shared pool may be narrower)."""
+        up = self.effective_up()
+        return up @ self.down.to(up.dtype)
 
 
 class Start(NamedTuple):
@@ -295,7 +299,7 @@ def fused_form(
     gain: Tensor | None,
     dropout: float = 0.0,
     token_core: TokenCore | None = None,
-    shared: "SharedProjection | None" = None,
+    shared: "SharedMember | None" = None,
 ) -> Tensor:
     """y (..., out) for x (..., in), over a frozen base known by its storage. Same value and gradients as `reference_form`."""
     if factors is None:
@@ -373,16 +377,16 @@ def _times(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 class SharedProjection:
     """`down @ x`, made once for the sites of a group that read one input through one `down` (VeRA's q, k, v).
 
-    Holds the projection only until every member has taken it, and only for the very tensor it was made from: a recomputed
-    block brings a new x and gets a projection of its own. Copies and pickles are empty.
+    One of these stands for the group; every member holds a handle of its own, from `member()`. The projection serves only the very tensor
+    it was made from, unchanged, in the same thread and gradient mode, and each member once: whoever asks again begins a new forward and
+    gets a new projection with a new dropout mask. x is not kept alive, and the projection goes with it: nothing stays behind when a
+    member is skipped, a forward fails or a recomputation stops early. Copies and pickles are empty.
     """
 
     def __init__(self, members: int) -> None:
         self.members = members
-        self._x: Tensor | None = None
-        self._h: Tensor | None = None
-        self._key: tuple[object, ...] = ()
-        self._left = 0
+        # per thread: two threads that run one model at once do not see each other's inputs
+        self._made = threading.local()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SharedProjection":
         copied = memo[id(self)] = SharedProjection(self.members)
@@ -391,38 +395,72 @@ class SharedProjection:
     def __reduce__(self) -> tuple[object, ...]:
         return SharedProjection, (self.members,)
 
-    def project(self, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+    def member(self) -> "SharedMember":
+        """A handle for one more member."""
+        return SharedMember(self)
+
+    def project(self, member: object, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
         """h (tokens, rank); one dropout mask for the whole group."""
-        key = (x._version, down.data_ptr(), down._version, dtype, dropout, torch.is_grad_enabled())
-        if self._x is not x or self._key != key or self._left == 0:
-            self._h = _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
-            self._x, self._key, self._left = x, key, self.members
-        assert self._h is not None
-        h = self._h
-        self._left -= 1
-        if self._left == 0:
-            self._x = self._h = None
-        return h
+        if x.is_inference() or down.is_inference():  # such tensors have no version: a change of x between two members could not be seen
+            return _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
+        key = (x._version, x.requires_grad, down.data_ptr(), down.shape, down._version, dtype, dropout, torch.is_grad_enabled())
+        if dropout:
+            # A checkpointed region that is run again draws its seeds again: a mask must not cross the border of a region.
+            key = (*key, torch._C._autograd._top_saved_tensors_default_hooks(False))  # pyright: ignore[reportAttributeAccessIssue]
+        made: _Made | None = getattr(self._made, "value", None)
+        if made is None or made.x() is not x or made.key != key or member in made.taken:
+            h = _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
+            made = self._made.value = _Made(weakref.ref(x, self._forget), key, h, set())
+        made.taken.add(member)
+        if len(made.taken) == self.members:
+            self._made.value = None
+        return made.h
+
+    def _forget(self, x: "weakref.ref[Tensor]") -> None:
+        made: _Made | None = getattr(self._made, "value", None)
+        if made is not None and made.x is x:
+            self._made.value = None
+
+
+class _Made(NamedTuple):
+    x: "weakref.ref[Tensor]"
+    key: tuple[object, ...]
+    h: Tensor  # (tokens, rank)
+    taken: set[object]  # the members that have it
+
+
+class SharedMember:
+    """One member's handle on the projection of its group."""
+
+    def __init__(self, group: SharedProjection) -> None:
+        self.group = group
+
+    def project(self, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+        """h (tokens, rank)."""
+        return self.group.project(self, x, down, dtype, dropout)
 
 
 class _Down(torch.autograd.Function):
-    """h = drop(x) down^T, (tokens, rank), with `down` frozen: nothing of x is saved."""
+    """h = drop(x) down^T, (tokens, rank), with `down` frozen: nothing of x is saved.
+
+    `down` is kept as an attribute, not as a saved tensor: h may be used by several backwards, and by a checkpointed region that did not
+    make it and must save as many tensors when it runs again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
         rows = _rows(x).to(dtype)
         rows = drop(rows, dropout, seed) if dropout else rows
-        ctx.save_for_backward(down)
+        ctx.down = down
         ctx.dropout, ctx.seed, ctx.shape, ctx.dtype = dropout, seed, x.shape, x.dtype
         return rows @ down.to(dtype).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (down,) = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = grads[0] @ down.to(grads[0].dtype)
+            dx = grads[0] @ ctx.down.to(grads[0].dtype)
             dx = (drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
         return dx, None, None, None, None
 
@@ -436,7 +474,7 @@ def operate(
     gain: Tensor | None = None,
     dropout: float = 0.0,
     token_core: TokenCore | None = None,
-    shared: SharedProjection | None = None,
+    shared: SharedMember | None = None,
 ) -> Tensor:
     """The operation: y (..., out) for x (..., in), or for token ids at an embedding.
 
@@ -449,8 +487,16 @@ def operate(
         gain: (out,) fp32, over base and branch, bias left out.
         dropout: probability on the branch's input, in training only (the caller passes 0 otherwise).
         token_core: (x, h) -> core . h for cores that depend on the token; h is (..., rank).
-        shared: the projection shared by the sites of a group, all with the same frozen `down`.
+        shared: the site's handle on the projection shared by its group, whose members have the same frozen `down`.
+
+    Raises:
+        RecipeError: a token core together with a start or a constant core.
     """
+    if token_core is not None and factors is not None and (start is not None or factors.core is not None):
+        raise RecipeError(
+            "token_core with a start or a constant core: `down @ x` is no longer what stands before `up`, so neither can be applied; "
+            "fold the start into the base (base='fold') and put the constant core into the token core"
+        )
     bias = storage.bias(layer)
     if form_of(storage, x) == "fused":
         return fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared)

@@ -85,6 +85,10 @@ def _regroup(optimizer: Optimizer, roles: dict[int, str]) -> None:
     optimizer.param_groups[:] = groups
 
 
+# Handles of the gradient transforms of each model, outside of it: copies and pickles of a model carry no hooks.
+_TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+
+
 class Session:
     """The hooks of one optimizer over one adapted model. Holds no closures on parameters that could be copied with the model."""
 
@@ -96,13 +100,19 @@ class Session:
         self.steps = 0
         self.waiting = {name: module for name, module in adapted_sites(model).items() if any(p.requires_grad for p in module.parameters())}
         self._before: list[tuple[dict[str, Any], Any, Any]] = []
-        self.handles = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
+        self.handles: list[Any] = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
+        # a second optimizer of the same model must not transform gradients twice
+        for handle in _TRANSFORMS.pop(model, []):
+            handle.remove()
+        transforms = []
         for module in adapted_sites(model).values():
             if module.update is not None:
                 for name, role in module.update.roles.items():
                     transform = self.rule.transform(module, role)
                     if transform is not None:
-                        self.handles.append(getattr(module.update, name).register_hook(transform))
+                        transforms.append(getattr(module.update, name).register_hook(transform))
+        _TRANSFORMS[model] = transforms
+        self.handles.extend(transforms)
         optimizer.rankwise_session = self  # type: ignore[attr-defined]
 
     def close(self) -> None:

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from rankwise.errors import RecipeError, TargetError
 from rankwise.recipe import Recipe
 from rankwise.sites import (
+    AdaptedLinear,
     adapted_sites,
     find_sites,
     group_of,
     kind_of,
     matches,
+    placement,
     shared_module_paths,
     tied_names,
     trained_modules,
@@ -63,6 +65,10 @@ class Plan:
     @property
     def frozen_adapter_numbers(self) -> int:
         """Frozen numbers that the adapters hold: frozen factors, starts, DoRA's two constant vectors; VeRA's pool."""
+        return self._frozen_own_numbers + self.recipe.update.shared_numbers(self.sites)
+
+    @property
+    def _frozen_own_numbers(self) -> int:
         count = 0
         for site in self.sites:
             slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
@@ -71,17 +77,19 @@ class Plan:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
-        return count + self.recipe.update.shared_numbers(self.sites)
+        return count
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes, exact: base weights, adapters (fp32 masters), their gradients, AdamW's two moments."""
-        trained = self.trained_parameters
+        """Bytes, exact: base weights, adapters (fp32 masters, fp64 on an fp64 base; a shared pool in the base's dtype), their gradients,
+        AdamW's two moments."""
+        element = self.sites[0].element
+        master, trained = max(4, element), self.trained_parameters
         return {
             "base weights": self.base_bytes,
-            "adapters": 4 * (trained + self.frozen_adapter_numbers),
-            "gradients": 4 * trained,
-            "AdamW moments": 8 * trained,
+            "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
+            "gradients": master * trained,
+            "AdamW moments": 2 * master * trained,
         }
 
     def saved_bytes_per_token(self, element: int = 2) -> int:
@@ -93,25 +101,39 @@ class Plan:
         trained = self.recipe.update.roles - self.recipe.frozen_roles
         inputs: set[str] = set()
         shared: set[str] = set()
-        total = 0
+        total = ids = 0
         for site in self.sites:
             key = site.group or site.name
             if "down" in trained and key not in inputs:
                 inputs.add(key)
-                total += site.in_features
+                if site.kind == "embedding":
+                    ids += 8  # the token's id stands for its one-hot row
+                else:
+                    total += site.in_features
             if trained - {"down"} and site.rank and not (self.recipe.update.shares_down and site.group and key in shared):
                 shared.add(key)
                 total += site.rank
             if self.recipe.gain.name != "none":
                 total += site.out_features
-        return total * element
+        return total * element + ids
 
     @property
     def flops_per_token(self) -> dict[str, int]:
         """Floating-point operations per token and training step, of the adapted layers: the frozen base (forward and input gradient), the
-        branch."""
+        branch. Products over the tokens only; work on the factors alone does not grow with them."""
         base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
-        branch = sum(6 * site.rank * (site.in_features + site.out_features) for site in self.sites)
+        trained = self.recipe.update.roles - self.recipe.frozen_roles
+        start = 4 if self.recipe.init.moves_base and self.recipe.base == "keep" else 0
+        projected: set[str] = set()
+        branch = 0
+        for site in self.sites:
+            inner = 4 + start + (2 if "down" in trained else 0)  # products with `down`: forward, gradients of x and of `down`
+            outer = 4 + start + (2 if trained - {"down"} else 0)  # products with `up`: forward, gradients of h and of what is behind h
+            if site.kind == "embedding" or (self.recipe.update.shares_down and site.group in projected):
+                inner = 0
+            if site.group:
+                projected.add(site.group)
+            branch += site.rank * (inner * site.in_features + outer * site.out_features)
         return {"frozen base": base, "branch": branch}
 
     def __str__(self) -> str:
@@ -170,7 +192,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         has_bias = getattr(module, "bias", None) is not None
         scaling = recipe.scaling_of(rank, alpha)
-        sites.append(Site(name, kind, width_in, width_out, rank, scaling, alpha, group, pattern, has_bias, size))
+        element = placement(module)[1].itemsize
+        sites.append(Site(name, kind, width_in, width_out, rank, scaling, alpha, group, pattern, has_bias, size, element))
     for label, patterns in (("rank_pattern", recipe.rank_pattern), ("alpha_pattern", recipe.alpha_pattern)):
         for pattern in patterns:
             if not any(matches(pattern, site.name) for site in sites):
@@ -199,14 +222,11 @@ def summary(model: nn.Module) -> tuple[Coverage, ...]:
     adapted = adapted_sites(model)
     if not adapted:
         raise TargetError("the model has no adapters; call rankwise.adapt(model, recipe) first")
-    total = _linear_count(model) + sum(1 for module in adapted.values() if module.site.kind != "embedding")
-    inside = {id(module.base_layer) for module in adapted.values()}
-    total -= sum(1 for module in model.modules() if id(module) in inside and kind_of(module) in ("linear", "conv1d", "opaque"))
     counted = {
         name: sum(p.numel() for part in (module.update, module.gain) if part is not None for p in part.parameters())
         for name, module in adapted.items()
     }
-    return _rows([(module.site, counted[name]) for name, module in adapted.items()], total)
+    return _rows([(module.site, counted[name]) for name, module in adapted.items()], _linear_count(model))
 
 
 def coverage(recipe: Recipe, sites: list[Site], total: int) -> tuple[Coverage, ...]:
@@ -225,10 +245,12 @@ def _rows(counted: list[tuple[Site, int]], total: int) -> tuple[Coverage, ...]:
 
 
 def _linear_count(model: nn.Module) -> int:
-    from rankwise.sites import AdaptedLinear
-
+    """Linear layers of the base, the same number before and after adapting: neither adapters nor trained copies count."""
+    copies = {id(part) for module in trained_modules(model).values() for part in module.trained.modules()}
     return sum(
-        1 for module in model.modules() if not isinstance(module, AdaptedLinear) and kind_of(module) in ("linear", "conv1d", "opaque")
+        1
+        for module in model.modules()
+        if not isinstance(module, AdaptedLinear) and id(module) not in copies and kind_of(module) in ("linear", "conv1d", "opaque")
     )
 
 

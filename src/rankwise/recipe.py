@@ -27,6 +27,18 @@ AXES: dict[str, Mapping[str, type[Any]]] = {
 }
 
 
+# What a choice given as an object must be; names in files are looked up in AXES alone, never imported.
+_KINDS: dict[str, type[Any]] = {
+    "update": UpdateChoice,
+    "gain": GainChoice,
+    "init": Init,
+    "gradient": GradientRule,
+    "schedule": Schedule,
+    "storage": Keep,
+    "routing": Everywhere,
+}
+
+
 @dataclass(frozen=True)
 class Targets:
     """Which modules are adapted.
@@ -164,7 +176,7 @@ def targets(value: Any) -> Targets:
 def choice(axis: str, value: Any) -> Any:
     """One value of an axis, from a choice, a name or a dict {name, option: value}."""
     known = AXES[axis]
-    if isinstance(value, tuple(known.values())):
+    if isinstance(value, _KINDS[axis]):
         return value
     options: dict[str, Any] = {}
     if isinstance(value, Mapping):
@@ -215,6 +227,10 @@ def _both(left: Callable[[Recipe], bool], right: Callable[[Recipe], bool]) -> Ca
 
 def _moves(recipe: Recipe) -> bool:
     return recipe.init.moves_base
+
+
+def _token_core(recipe: Recipe) -> bool:
+    return not recipe.update.constant_core
 
 
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
@@ -292,10 +308,22 @@ LEGALITY: tuple[Forbidden, ...] = (
         _both(_is("init", "kaiming", "gaussian", "orthonormal"), _frozen("up")),
     ),
     Forbidden(
+        "an update whose core depends on the token",
+        "gain=dora",
+        "the row norm would differ from token to token, and one norm per token is a dense weight per token; use gain='none'",
+        _both(_token_core, _is("gain", "dora")),
+    ),
+    Forbidden(
+        "an update whose core depends on the token",
+        "an init that moves the base, with base=keep",
+        "a frozen start can only be subtracted where the core is constant; use base='fold' or init='kaiming'",
+        _both(_token_core, lambda recipe: _moves(recipe) and recipe.base == "keep"),
+    ),
+    Forbidden(
         "all roles of the update frozen",
         "gain=none",
         "nothing would train; unfreeze a role or choose a gain",
-        lambda recipe: recipe.gain.name == "none" and not recipe.update.roles - recipe.frozen_roles,
+        lambda recipe: recipe.gain.name == "none" and recipe.update.name != "none" and not recipe.update.roles - recipe.frozen_roles,
     ),
 )
 

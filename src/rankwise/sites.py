@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rankwise.equation import SharedProjection, Start, dense_update, operate
+from rankwise.equation import SharedMember, Start, dense_update, operate
 from rankwise.errors import TargetError, nearest
 from rankwise.gains import Gain
 from rankwise.recipe import Targets
@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
         offset: Offset | None,
         dropout: float,
         folded: bool = False,
-        shared: SharedProjection | None = None,
+        shared: SharedMember | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -79,6 +79,12 @@ class AdaptedLinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
+        self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
+        # in the mode of what it replaces: a new module would otherwise train inside a model that evaluates
+        self.training = base_layer.training
+        for part in (update, gain, offset):
+            if part is not None:
+                part.train(base_layer.training)
 
     @property
     def storage(self) -> Storage:
@@ -167,6 +173,7 @@ class TrainedModule(nn.Module):
         self.trained = trained
         self.name = name
         self.enabled = True
+        self.training = base_layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
@@ -241,6 +248,14 @@ def widths_of(module: nn.Module) -> tuple[int, int]:
         rows, columns = cast(Tensor, module.weight).shape
         return rows, columns
     return cast(int, module.in_features), cast(int, module.out_features)
+
+
+def placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point dtype of a base layer; fp32 where the layer holds no floating-point tensor."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return device, dtype
 
 
 def layer_number(name: str) -> int | None:

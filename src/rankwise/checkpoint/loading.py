@@ -128,10 +128,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
             f"{folder / NATIVE_FILE} has format_version={version!r}, and this version reads {FORMAT_VERSION}; it was written by rankwise "
             f"{about.get('rankwise_version', 'of an unknown version')}: use that one or a newer one"
         )
-    needed = ("peft_type", "recipe", "base", "sites", "modules_to_save", "start", "pool_checksum", "notes")
-    missing = [key for key in needed if key not in about]
-    if missing:
-        raise CheckpointError(f"{folder / NATIVE_FILE} lacks {', '.join(missing)}; copy or save the adapter again")
+    _check_fields(folder / NATIVE_FILE, about)
     peft_type = about["peft_type"]
     if peft_type not in ("LORA", "VERA", NATIVE):
         raise CheckpointError(f"{folder / NATIVE_FILE} has peft_type={peft_type!r}, which is unknown; use LORA, VERA or {NATIVE}")
@@ -154,6 +151,24 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
     return _Opened(folder, peft_type, recipe, made, tensors, about["pool_checksum"], with_projections, ())
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "peft_type": str, "recipe": dict, "base": dict, "sites": dict, "modules_to_save": list, "start": (str, type(None)),
+    "pool_checksum": (str, type(None)), "notes": list,
+}  # fmt: skip
+
+
+def _check_fields(path: Path, about: Mapping[str, Any]) -> None:
+    missing = [name for name in _FIELDS if name not in about]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy or save the adapter again")
+    for name, kind in _FIELDS.items():
+        if not isinstance(about[name], kind):
+            wanted = kind.__name__ if isinstance(kind, type) else "string or null"
+            raise CheckpointError(f"{path}: {name} must be a {wanted}, and is {about[name]!r}; copy or save the adapter again")
+    if not all(isinstance(site, dict) for site in about["sites"].values()):
+        raise CheckpointError(f"{path}: sites must be a dict of dicts; copy or save the adapter again")
 
 
 def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
@@ -194,7 +209,10 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
             f"{folder / CONFIG} has peft_type={peft_type!r}, and of PEFT's types LORA and VERA are read here; merge it with PEFT "
             "(merge_and_unload) and use the merged model as the base"
         )
-    recipe = recipe_of(config, base, [key for key in tensors if key.startswith(PREFIX)])
+    try:
+        recipe = recipe_of(config, base, [key for key in tensors if key.startswith(PREFIX)])
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
     made = plan(base, recipe)
     tensors = without_base_copies(tensors, base, [name for name, _ in made.trained_modules])
     with_projections = peft_type == "VERA" and bool(config.get("save_projection", True))

@@ -86,7 +86,12 @@ def _tensors(model: nn.Module, record: Adapted, peft_type: str) -> dict[str, Ten
     for name, module in trained_modules(model).items():
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
     # copies: a safetensors file takes no views and no shared memory
-    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    return {key: tensor.detach().to("cpu", _master(tensor.dtype), copy=True).contiguous() for key, tensor in tensors.items()}
+
+
+def _master(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32, also where the parameters were cast (FSDP's mixed precision, model.bfloat16())."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def checksum(projections: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.equation import Factors, Start, stacked
+from rankwise.errors import RecipeError
 from rankwise.gains.base import Gain, GainChoice
 from rankwise.storage import Storage
 from rankwise.updates import Site, Slot
@@ -55,8 +56,9 @@ class DoraGain(Gain):
             cross = storage.linear(layer, asked).to(wide).T  # W down'^T, (out, k)
             down, up = down.to(wide), up.to(wide)
             squared = self.weight_norm_sq + 2 * (up * cross).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
-        # the expansion can end a hair below zero where V is about zero
-        return squared.clamp_min(0).sqrt()
+        # The expansion can end a hair below zero where V is about zero; a root of zero would have an infinite gradient.
+        alive = squared > 0
+        return torch.where(alive, torch.where(alive, squared, 1.0).sqrt(), 0.0)
 
     def forward(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> Tensor:
         norm = self._norm(layer, storage, factors, start)
@@ -119,11 +121,31 @@ class Dora(GainChoice):
     norm_grad: 'detached' lets the norm follow the factors without a gradient (section 4.3, what the official code and PEFT do), 'full' is
     the
     gradient of equation 6; it costs O(out in rank) per step whatever the number of tokens.
+    dropout: 'adapter' drops the branch's input only. 'paper' (official code and PEFT in training, y = W x + (gain - 1) W drop(x) + ...)
+    is refused: it multiplies a second time by W in each step, and the equation has one base product.
+    axis: 'out', one magnitude per output row, as official code, PEFT and every checkpoint have it. 'in' (the letter of the paper) is
+    refused: it scales inputs, and the equation has a gain on outputs only.
     """
 
     name: ClassVar[str] = "dora"
     module: ClassVar[Any] = DoraGain
     norm_grad: Literal["detached", "full"] = "detached"
+    dropout: Literal["adapter", "paper"] = "adapter"
+    axis: Literal["out", "in"] = "out"
+
+    def __post_init__(self) -> None:
+        if self.norm_grad not in ("detached", "full"):
+            raise RecipeError(f"norm_grad={self.norm_grad!r} of the dora gain is unknown; use 'detached' or 'full'")
+        if self.dropout != "adapter":
+            raise RecipeError(
+                f"dropout={self.dropout!r} of the dora gain is not available: the official form needs a second product with the base "
+                "weight in each step, which the equation does not have; use dropout='adapter' (equal in evaluation and at dropout 0)"
+            )
+        if self.axis != "out":
+            raise RecipeError(
+                f"axis={self.axis!r} of the dora gain is not available: one magnitude per input scales x, and the equation scales outputs; "
+                "use axis='out', as the official code and every checkpoint do"
+            )
 
     def slots(self, site: Site) -> dict[str, Slot]:
         return {"magnitude": Slot("gain", (site.out_features,), "lora_magnitude_vector")}

@@ -32,7 +32,8 @@ class PropulsionGain(Gain):
         return (1 + self.z.to(torch.promote_types(self.z.dtype, torch.float32))) ** self.choice.degree
 
     def saved(self) -> dict[str, Tensor]:
-        return {"z": self.z.detach()}  # the distance from 1: adding the 1 would round its last digits away
+        # the distance from 1: adding the 1 would round its last digits away
+        return {"z": self.z.detach().to(torch.promote_types(self.z.dtype, torch.float32))}
 
     def restore(self, **values: Tensor) -> None:
         self.put(z=values["z"])

@@ -8,6 +8,7 @@ matrix is factored once, in fp32, with a ridge relative to its trace. The map is
 accumulation adds corrected gradients and clipping sees them.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,19 +33,40 @@ class LoraFa(GradientRule):
     def transform(self, site: Any, role: str) -> Callable[[Tensor], Tensor] | None:
         if role != "up":
             return None
-        factors = site.update.factors()
-        down = factors.down.detach().to(torch.promote_types(factors.down.dtype, torch.float32))
-        gram = down @ down.T  # (rank, rank)
-        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if info.item():
-            raise RecipeError(
-                f"the rows of `down` at {site.site.name} are dependent (rank {site.site.rank}); lower the rank or set a ridge"
-            )
-        scale = 1 / factors.scaling**2
+        gram = _Gram(site, self.ridge)
+        gram.factor()  # dependent rows are refused before the first step
 
         def correct(gradient: Tensor) -> Tensor:
-            solved = torch.cholesky_solve(gradient.to(factor).T, factor).T  # (out, rank)
-            return (solved * scale).to(gradient.dtype)
+            factor = gram.factor()
+            solved = torch.cholesky_solve(gradient.to(factor.dtype).T, factor).T  # (out, rank)
+            return (solved / gram.update.scaling**2).to(gradient.dtype)
 
         return correct
+
+
+class _Gram:
+    """The Cholesky factor of down down^T + ridge (rank, rank) of one site, made once and again when `down` was loaded or moved."""
+
+    def __init__(self, site: Any, ridge: float) -> None:
+        self.name, self.ridge = site.site.name, ridge
+        self.update = weakref.proxy(site.update)  # a hook on its parameter must not keep it alive
+        self._made_from: tuple[object, ...] = ()
+        self._factor: Tensor | None = None
+
+    @torch.no_grad()
+    def factor(self) -> Tensor:
+        down = self.update.down
+        # `down` is a buffer that no optimizer and no all-gather touches: loading (which counts versions) and moving are all there is
+        made_from = (down.data_ptr(), down.device, down.dtype, down._version)
+        if self._factor is not None and self._made_from == made_from:
+            return self._factor
+        wide = down.to(torch.promote_types(down.dtype, torch.float32))
+        gram = wide @ wide.T  # (rank, rank)
+        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        factor, info = torch.linalg.cholesky_ex(gram)
+        # rounding may leave a dependent row a pivot of its own size: no digit of such a solution would be right
+        smallest = torch.finfo(wide.dtype).eps * len(gram) * gram.diagonal().max()
+        if info.item() or factor.diagonal().min().square() <= smallest:
+            raise RecipeError(f"the rows of `down` at {self.name} are dependent (rank {len(down)}); lower the rank or set a ridge")
+        self._factor, self._made_from = factor, made_from
+        return factor

@@ -67,14 +67,19 @@ def largest_directions(weight: Tensor, rank: int, svd: str, oversample: int | No
 def smallest_directions(weight: Tensor, rank: int) -> Tensor:
     """The left singular vectors (out, rank) of the smallest singular values among min(out, in), ascending.
 
-    From the fp64 eigenvectors of the smaller Gram matrix: cheaper than a full decomposition. Never in fp32, where squaring loses them.
+    From the fp64 eigenvectors of the smaller Gram matrix: cheaper than a full decomposition. Never in fp32, where squaring loses them; and
+    not for an fp64 weight, for the same reason.
     """
     wide = weight.double()
-    if weight.shape[0] <= weight.shape[1]:
-        return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, :rank].to(weight)
-    v = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, :rank]  # (in, rank)
-    # W v has orthogonal columns of length s; QR makes them orthonormal also where s is tiny
-    return torch.linalg.qr(wide @ v).Q.to(weight)
+    if weight.dtype != torch.float64:
+        if weight.shape[0] <= weight.shape[1]:
+            return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, :rank].to(weight)
+        values, v = torch.linalg.eigh(wide.T @ wide)  # (in,), (in, in)
+        if values[0] > 1e-12 * values[-1]:
+            # W v has orthogonal columns of length s; QR makes them orthonormal also where s is tiny
+            return torch.linalg.qr(wide @ v[:, :rank]).Q.to(weight)
+        # where s is zero W v is rounding noise, which may point along the large directions: decompose after all
+    return torch.linalg.svd(wide, full_matrices=False).U[:, -rank:].flip(1).to(weight)
 
 
 def _exact(site: Site, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankwise.errors import TargetError
 from rankwise.storage.base import Storage
 
 
@@ -102,7 +103,7 @@ class Opaque(Storage):
     def write(self, layer: nn.Module, weight: Tensor) -> None:
         target = self._plain_weight(layer)
         if target is None:
-            raise NotImplementedError(
+            raise TargetError(
                 f"{type(layer).__name__} keeps its weight in a form that cannot be written; merge into a dense copy of the base"
             )
         target.copy_(weight)

@@ -74,7 +74,7 @@ def _near(path: Path) -> str:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.name.endswith(SUFFIXES))
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
     listed = close or names[:5]
     if not listed:
         return f" ({folder.resolve()} holds no data file)"
@@ -215,7 +215,7 @@ def _read_saved(path: Path, split: str) -> Rows:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises whatever its readers raise
-        raise DataError(f"{path}: a saved dataset that cannot be read: {error}") from error
+        raise DataError(f"{path}: a saved dataset that cannot be read (is it empty, or half-written?): {error}") from error
     if isinstance(saved, datasets.DatasetDict):
         wanted = [split, *(name for name in HELD_OUT if name != split)] if split in HELD_OUT else [split]
         name = next((name for name in wanted if name in saved), None)

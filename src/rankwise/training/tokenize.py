@@ -2,7 +2,8 @@
 
 The pieces of a row (see conversation.py) are tokenized one by one, each as the continuation of the one before it, and their ids joined.
 So a prompt's ids in training are the ids of the prompt alone, which is what the model is given later, and no token can lie over the border
-between prompt and answer. (An answer in the history keeps this border too, as it does in a cache that goes on from the model's own tokens.) `labels` are the ids where the loss is, -100 elsewhere. A trainer shifts them by one itself.
+between prompt and answer. (An answer in the history keeps this border too, as it does in a cache that goes on from the model's own tokens.)
+`labels` are the ids where the loss is, -100 elsewhere. A trainer shifts them by one itself.
 """
 
 import re

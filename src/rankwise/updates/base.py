@@ -29,6 +29,7 @@ class Site:
     pattern: str = ""  # the target pattern that matched
     has_bias: bool = False
     weight_bytes: int = 0
+    element: int = 4  # bytes of one number of the base; adapters take at least 4
 
 
 @dataclass(frozen=True, slots=True)
