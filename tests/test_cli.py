@@ -254,3 +254,23 @@ def test_the_examples_run(tmp_path: Path, name: str) -> None:
     done = python(str(path), "2", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / name.replace("_", "-") / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_tells_its_story_and_may_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "demo"
+    assert cli(["demo", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        "the loss is on",
+        "all-linear",
+        "step 95/95",
+        "general",
+        "Before   ",
+        "After    ",
+        f"The adapter lies in {output}/adapter",
+    ):
+        assert expected in out
+    results = json.loads((output / "results.json").read_text())
+    assert results["after"]["task"]["loss"] < results["before"]["task"]["loss"]

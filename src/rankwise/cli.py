@@ -1,5 +1,6 @@
 """The command line, thin: each command reads its arguments, calls the package and prints. Heavy imports wait for it."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.lr=1e-3 method.name=dora")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, such as train.lr=1e-3 method.name=dora")]
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER|RUN", help="folder of an adapter or of a run")]
 Base = Annotated[str | None, typer.Option("--model", help="the base model, if it is not where the training found it")]
 
@@ -32,12 +33,27 @@ def _console() -> Any:
     return console if console.is_terminal else Console(width=120)  # a pipe or a log has no width of its own
 
 
+class _Stopped(Exception):
+    """Ctrl-C inside a command, with what the command says about it. (Typer keeps only the exit code of a KeyboardInterrupt.)"""
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except KeyboardInterrupt as stop:
+            raise _Stopped(str(stop)) from stop
+
+    return app.command()(guarded)
+
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
     """Read by `main`, which handles errors."""
 
 
-@app.command()
+@_command
 def demo(output: Annotated[Path, typer.Option(help="folder of the run; an earlier demo there is removed")] = Path("runs/demo")) -> None:
     """Train the bundled base offline on a CPU in about a minute and see what changed."""
     from rankwise.demo.show import run_demo
@@ -45,7 +61,7 @@ def demo(output: Annotated[Path, typer.Option(help="folder of the run; an earlie
     run_demo(output, _console())
 
 
-@app.command()
+@_command
 def methods(name: Annotated[str | None, typer.Argument(help="one method in full")] = None) -> None:
     """Every method on its axes, or one in full with its paper."""
     from rankwise.methods import describe, methods_table
@@ -56,7 +72,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method in full"
         print(describe(name))
 
 
-@app.command()
+@_command
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Targets, parameters, memory and data, before anything runs. Reads no weights."""
     from rankwise.training.forecast import forecast
@@ -64,7 +80,7 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     _loud(forecast, config, overrides or [])
 
 
-@app.command()
+@_command
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -76,7 +92,7 @@ def train(
     run(config, overrides or [], fresh, _console())
 
 
-@app.command()
+@_command
 def evaluate(
     adapter: Adapter,
     data: Annotated[str | None, typer.Option(help="rows of the task; default: the run's own")] = None,
@@ -93,7 +109,7 @@ def evaluate(
     _console().print(scores_table(*scores(open_adapter(adapter, model), data, general), headings=("base", "adapter")))
 
 
-@app.command()
+@_command
 def generate(
     adapter: Adapter,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="what to answer or continue")],
@@ -115,7 +131,7 @@ def generate(
         print(f"--- {name} ---\n{text}")
 
 
-@app.command()
+@_command
 def merge(
     adapter: Adapter,
     output: Annotated[Path, typer.Option("--output", "-o", help="the new model folder")],
@@ -131,7 +147,7 @@ def merge(
     print(f"from the adapter's by {done['difference']:.1e} of the largest one (rounding of the weights; {done['tolerance']:g} is allowed)")
 
 
-@app.command()
+@_command
 def doctor() -> None:
     """Versions, devices, what each dtype really does here, what is missing and how to get it."""
     from rankwise.doctor import report
@@ -158,8 +174,9 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except (typer.Abort, KeyboardInterrupt) as stop:
-        return _fail(str(stop) or "interrupted; give the same command again to go on from the last checkpoint", 130, debug)
+    except (typer.Abort, KeyboardInterrupt, _Stopped) as stop:
+        said = str(stop) or "interrupted; a training run goes on from its last checkpoint when the same command is given again"
+        return _fail(said, 130, debug)
     except TrainingError as error:
         return _fail(str(error), 1, debug)
     except RankwiseError as error:

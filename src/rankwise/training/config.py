@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rankwise.errors import ConfigError, nearest
+from rankwise.training.yaml_text import apply_override, copy_plain, parse_yaml
 
 Task = Literal["completion", "chat", "text", "classification"]
 
@@ -78,10 +79,6 @@ class Config(_Strict):
         return [value] if isinstance(value, str) else value
 
 
-# A scalar that is overridden at a deeper key becomes a mapping first: `method: lora` with method.ratio=8.
-_SCALAR_KEY = {"method": "name", "data": "train", "targets": "include"}
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A configuration from a YAML file and dotted overrides such as 'train.lr=1e-3'.
 
@@ -101,70 +98,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def make_config(plain: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "the configuration") -> Config:
     """A configuration from a mapping and overrides. Raises ConfigError as `load_config`."""
-    merged = _copy(plain)
+    merged = copy_plain(plain)
     for override in overrides:
-        _override(merged, override)
+        apply_override(merged, override)
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, where)) from None
     resolve(config)  # a method that cannot be built is refused here, before a model is loaded
     return config
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML in which 1e-3 is a number and a key may stand only once. Raises ConfigError with file and line."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """SafeLoader that refuses doubled keys."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise ConfigError(f"{where}, line {key_node.start_mark.line + 1}: key {key!r} stands there twice; remove one")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 asks for a dot and a signed exponent, so that 1e-3 and 1e3 would be strings
-    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def _override(plain: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form key=value, such as train.lr=1e-3")
-    place = plain
-    for depth, key in enumerate(keys[:-1]):
-        inner = place.get(key)
-        if depth == 0 and key in _SCALAR_KEY and inner is not None and not isinstance(inner, dict):
-            inner = {_SCALAR_KEY[key]: inner}
-        elif inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])}={inner!r} holds no further keys")
-        place[key] = inner
-        place = inner
-    place[keys[-1]] = parse_yaml(text, f"override {override!r}")
 
 
 def keys() -> dict[str, str]:
