@@ -23,11 +23,11 @@ def jsonl(rows) -> bytes:
     [
         ("a.jsonl", jsonl(ROWS), [1, 2]),
         ("a.jsonl", b"\xef\xbb\xbf\n" + jsonl(ROWS).replace(b"\n", b"\r\n\r\n"), [2, 4]),
-        ("a.jsonl.gz", gzip.compress(jsonl(ROWS, mtime=0)), [1, 2]),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0), [1, 2]),
         ("a.json", json.dumps(ROWS, indent=2).encode(), [2, 5]),
         ("a.json", json.dumps(ROWS).encode() + b"\n", [1, 1]),
         ("a.json", jsonl(ROWS), [1, 2]),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=0).encode()), [2, 5]),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=0).encode(), mtime=0), [2, 5]),
     ],
 )
 def test_files(tmp_path, name, data, lines):
@@ -146,7 +146,7 @@ def test_folders(tmp_path):
     with pytest.raises(DataError, match=r"no train.jsonl in this folder; it holds no data file"):
         read_rows(tmp_path)
     (tmp_path / "train.jsonl").write_bytes(jsonl(ROWS))
-    (tmp_path / "valid.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS[:1], mtime=0)))
+    (tmp_path / "valid.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS[:1]), mtime=0))
     assert read_rows(tmp_path).rows == ROWS
     held_out = read_rows(str(tmp_path), "test")
     assert held_out.rows == ROWS[:1]
