@@ -6,7 +6,7 @@ and TRL therefore behave alike, and none can forget an event.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
 from rankwise.gradients import GradientRule
-from rankwise.schedules import Event
+from rankwise.schedules import Change, Event, Moment, Running
 from rankwise.sites import AdaptedLinear, adapted_sites
 
 
@@ -96,8 +96,9 @@ class Session:
         record = adapted(model)
         self.model = weakref.ref(model)
         self.rule: GradientRule = record.recipe.gradient
-        self.schedule = record.recipe.schedule
         self.steps = 0
+        begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
+        self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
         self.waiting = {name: module for name, module in adapted_sites(model).items() if any(p.requires_grad for p in module.parameters())}
         self._before: list[tuple[dict[str, Any], Any, Any]] = []
         self.handles: list[Any] = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
@@ -129,14 +130,25 @@ class Session:
         self.steps = int(state["steps"])
         self.waiting = {name: module for name, module in self.waiting.items() if name in state["waiting"]}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of the gradient rule and of the schedule, for a checkpoint."""
+        return {f"{name}.{key}": tensor for name, running in self.running.items() for key, tensor in running.tensors().items()}
+
+    def restore_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up what `tensors` gave, after the model's own state was loaded."""
+        for name, running in self.running.items():
+            running.restore({key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
+
+    def report(self) -> dict[str, float]:
+        """What rule and schedule say of the step that just ended."""
+        return {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+
     def fire(self, event: Event, optimizer: Optimizer) -> None:
-        """Calls the schedule, and resets the optimizer state of what it changed."""
-        model = self.model()
-        if model is None:
-            return
-        change = self.schedule.on(event, model, self.steps)
-        for parameter in change.reset if change else ():
-            optimizer.state.pop(parameter, None)
+        """Calls the gradient rule and the schedule, and brings the optimizer in line with what they changed."""
+        for running in self.running.values():
+            change = running.on(event, Moment(self.steps, optimizer))
+            if change is not None:
+                _apply(change, optimizer)
 
     def _pre(self, optimizer: Optimizer, *_: Any) -> None:
         self._note_gradients()
@@ -171,6 +183,20 @@ class Session:
                 f"{len(names)} of the adapted sites never received a gradient, such as {names[0]}; the model does not use them in its "
                 "forward: take them out with targets.exclude"
             )
+
+
+def _apply(change: Change, optimizer: Optimizer) -> None:
+    for parameter in change.reset:
+        optimizer.state.pop(parameter, None)
+    for cut in change.sliced:
+        state = optimizer.state.pop(cut.was, None)
+        if state is not None:
+            optimizer.state[cut.now] = {
+                key: value.index_select(cut.dim, cut.index) if isinstance(value, Tensor) and value.shape == cut.was.shape else value
+                for key, value in state.items()
+            }
+        for group in optimizer.param_groups:
+            group["params"] = [cut.now if parameter is cut.was else parameter for parameter in group["params"]]
 
 
 def _has_gradient(module: AdaptedLinear) -> bool:

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from rankwise.schedules.base import Running
+
 
 class GradientRule(ABC):
     """Abstract: one value of the gradient axis. Final subclasses are frozen dataclasses of options; they hold no state."""
@@ -22,4 +24,8 @@ class GradientRule(ABC):
 
     def transform(self, site: nn.Module, role: str) -> Callable[[Tensor], Tensor] | None:
         """A linear map on each incoming gradient of a role at one site (an AdaptedLinear), before accumulation and clipping; or None."""
+        return None
+
+    def begin(self, model: nn.Module) -> Running | None:
+        """The state of a rule that couples parameters or remembers past steps, called at the events of a session; None for most."""
         return None

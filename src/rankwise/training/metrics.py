@@ -24,12 +24,13 @@ class Recorder:
         self.progress = progress
         self.last = time.perf_counter()
 
-    def step(self, step: int, epoch: float | None, logs: Mapping[str, Any], tokens: int) -> None:
-        """One optimizer step: the mean loss over its supervised tokens, the gradient's norm before clipping, the base learning rate."""
+    def step(self, step: int, epoch: float | None, logs: Mapping[str, Any], tokens: int, method: Mapping[str, float]) -> None:
+        """One optimizer step: the mean loss over its supervised tokens, the gradient's norm before clipping, the base learning rate, and
+        what the method says of it (a penalty, a budget)."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         line = {"step": step, "epoch": epoch, "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": logs.get("learning_rate")}
-        _append(self.metrics, line | {"tokens": tokens})
+        _append(self.metrics, line | {"tokens": tokens, **method})
         _append(self.timing, {"step": step, "seconds": round(seconds, 6), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)})
         self.progress.step(step, float(logs["loss"]), tokens, seconds)
 

@@ -29,6 +29,7 @@ from rankwise.training.metrics import Recorder
 
 TRAINABLE = "trainable.safetensors"
 SESSION = "session.json"
+SESSION_TENSORS = "session.safetensors"
 
 
 def arguments(config: Config, steps: int, run: RunFolder, device: torch.device, dtype: torch.dtype, evaluate: bool) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class RankwiseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if "loss" in logs:
-            self.recorder.step(self.state.global_step, self.state.epoch, logs, self.step_tokens)
+            self.recorder.step(self.state.global_step, self.state.epoch, logs, self.step_tokens, self.session.report())
             self.step_tokens = 0
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -169,11 +170,13 @@ class RankwiseTrainer(Trainer):
         rw.save(model, folder / "adapter")
         save_file(state, folder / TRAINABLE)
         (folder / SESSION).write_text(json.dumps(self.session.state()), encoding="utf-8")
+        save_file({key: value.detach().contiguous().cpu() for key, value in self.session.tensors().items()}, folder / SESSION_TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         load_trainable_state(cast(nn.Module, model or self.model), load_file(folder / TRAINABLE))
         self.session.restore(json.loads((folder / SESSION).read_text(encoding="utf-8")))
+        self.session.restore_tensors(load_file(folder / SESSION_TENSORS))
 
 
 def classification_trainer(
