@@ -244,8 +244,8 @@ LEGALITY: tuple[Forbidden, ...] = (
     Forbidden(
         "an update with a start of its own (vera, adalora, none)",
         "an init that it cannot take",
-        "VeRA's vectors have a fixed start and its pair is the shared pool, AdaLoRA's triplets start at singular values of zero or at those "
-        "of an init that moves the base, and a gain alone has nothing to start; use init='own'",
+        "VeRA's vectors have a fixed start and its pair is the shared pool, AdaLoRA's triplets start at singular values of zero or with "
+        "an init that moves the base, and a gain alone has nothing to start; use init='own'",
         lambda recipe: recipe.update.own_start and not recipe.init.own and not (recipe.update.absorbs_start and _moves(recipe)),
     ),
     Forbidden(

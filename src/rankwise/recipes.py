@@ -108,9 +108,8 @@ def adalora(
     `init_rank` is the recipe's rank, 1.5 times the target unless it is given. The steps of the run must be known: `rankwise.optimizer(...,
     total_steps=...)` outside of `rankwise train`.
     """
-    if init_rank is not None:
-        if fields.setdefault("rank", init_rank) != init_rank:
-            raise RecipeError(f"init_rank={init_rank} and rank={fields['rank']} say the same thing twice; remove one")
+    if init_rank is not None and fields.setdefault("rank", init_rank) != init_rank:
+        raise RecipeError(f"init_rank={init_rank} and rank={fields['rank']} say the same thing twice; remove one")
     target = target_rank if target_rank is not None else 8 if "rank" not in fields else max(1, fields["rank"] * 2 // 3)
     fields.setdefault("rank", (3 * target + 1) // 2)
     schedule = AdaLoraBudget(target, tinit, tfinal, interval, total_steps, beta1, beta2, gamma, orthogonality, sensitivity, compact)

@@ -22,6 +22,8 @@ from rankwise.errors import RecipeError, TrainingError
 from rankwise.schedules.base import Change, Event, Moment, Running, Schedule
 from rankwise.updates.base import Site
 
+_many: Any = torch  # its functions over lists of tensors are not in its stubs
+
 
 @dataclass(frozen=True)
 class Phases:
@@ -90,8 +92,8 @@ class AdaLoraBudget(Schedule):
         ranks = sum(site.rank for site in sites)
         if self.target_rank * len(sites) > ranks:
             raise RecipeError(
-                f"target_rank={self.target_rank} of the adalora schedule is above the mean rank at the start, {ranks / len(sites):g}; lower "
-                "it, or raise rank (AdaLoRA's init_rank)"
+                f"target_rank={self.target_rank} of the adalora schedule is above the mean rank at the start, {ranks / len(sites):g}; "
+                "lower it, or raise rank (AdaLoRA's init_rank)"
             )
 
     def decay(self, role: str) -> float:
@@ -117,8 +119,8 @@ class AdaLoraBudget(Schedule):
         tinit = max(0, min(max(1, total // 10), total - tfinal - 1)) if self.tinit is None else self.tinit
         if tinit >= total - tfinal:
             raise TrainingError(
-                f"tinit={tinit} and tfinal={tfinal} of the adalora schedule leave no step for pruning in a run of {total} steps; lower them "
-                "or train longer"
+                f"tinit={tinit} and tfinal={tfinal} of the adalora schedule leave no step for pruning in a run of {total} steps; lower "
+                "them or train longer"
             )
         return Phases(total, tinit, tfinal, max(1, total // 700) if self.interval is None else self.interval)
 
@@ -174,7 +176,7 @@ class _Allocator(Running):
             f"{name}.{slot}": parameter
             for name, module in self.sites.items()
             for slot, parameter in module.update.named_parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad and parameter.numel()
         }
 
     # --- the penalty -------------------------------------------------------------------------------------------------------------------
@@ -215,14 +217,15 @@ class _Allocator(Running):
         uncertainties = [self.uncertainties[name] for name in trained]
         weights = [p.detach().to(a.dtype) for p, a in zip(trained.values(), averages, strict=True)]
         gradients = [p.grad.to(a.dtype) for p, a in zip(trained.values(), averages, strict=True) if p.grad is not None]
-        now = torch._foreach_abs(torch._foreach_mul(weights, gradients))
-        if not all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(now)):
+        now = _many._foreach_abs(_many._foreach_mul(weights, gradients))
+        norms = _many._foreach_norm(now, float("inf"))
+        if not bool(torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all()):
             return
-        torch._foreach_mul_(averages, self.choice.beta1)
-        torch._foreach_add_(averages, now, alpha=1 - self.choice.beta1)
-        torch._foreach_mul_(uncertainties, self.choice.beta2)
-        distance = torch._foreach_abs(torch._foreach_sub(now, averages))
-        torch._foreach_add_(uncertainties, distance, alpha=1 - self.choice.beta2)
+        _many._foreach_mul_(averages, self.choice.beta1)
+        _many._foreach_add_(averages, now, alpha=1 - self.choice.beta1)
+        _many._foreach_mul_(uncertainties, self.choice.beta2)
+        distance = _many._foreach_abs(_many._foreach_sub(now, averages))
+        _many._foreach_add_(uncertainties, distance, alpha=1 - self.choice.beta2)
 
     def scores(self) -> dict[str, Tensor]:
         """Site -> importance of its triplets, (rank,), in fp32 or wider."""

@@ -57,8 +57,11 @@ class Running(ABC):
         """Called with 'backward' when the gradients of a step are final, with 'step' after the step, and so on."""
 
     def expect(self, total_steps: int | None) -> None:
-        """Called once before the first event: how many steps the run will take, None where nobody said. Raises TrainingError where it must be
-        known."""
+        """Called once before the first event: how many steps the run will take, None where nobody said.
+
+        Raises:
+            TrainingError: it must be known here.
+        """
         return
 
     def tensors(self) -> dict[str, Tensor]:
