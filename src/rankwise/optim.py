@@ -180,6 +180,11 @@ class Session:
 
     def _pre(self, optimizer: Optimizer, *_: Any) -> None:
         self._note_gradients()
+        if self.running and getattr(optimizer, "grad_scale", None) is not None:
+            raise TrainingError(
+                "the gradients are still multiplied by a GradScaler's scale, which the recipe's schedule or gradient rule would take for "
+                "their size; call scaler.unscale_(optimizer) before scaler.step(optimizer), or train in bf16"
+            )
         self.fire("backward", optimizer)
         # Multipliers act at step time and are taken back after it: schedulers and checkpoints only ever see the base rate.
         self._before = [(group, group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
