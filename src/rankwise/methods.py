@@ -58,6 +58,11 @@ ABOUT: dict[str, About] = {
         "Take it as PiSSA, where a decomposition should be cheap.",
         "One QR a site before training, and a frozen copy of the start while the base is kept untouched.",
     ),
+    "lora-ga": About(
+        "LoRA that starts at the singular vectors of the gradient, so that its first step is the best of its rank for full fine-tuning.",
+        "Take it when LoRA learns too slowly and a few batches of the task's own data may be spent on the start; lower lr with it.",
+        "A forward and backward over the calibration rows before training, and a frozen copy of the start while the base is kept.",
+    ),
     "moslora": About(
         "A trained rank-by-rank mixer stands between LoRA's two factors.",
         "Take it to let the subspaces of the two factors combine freely at the same rank.",
