@@ -102,6 +102,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "milora-svd": ("llama", _named("milora-svd"), "LORA"),
     "olora": ("llama", _named("olora"), "LORA"),
     "lora-ga": ("llama", _named("lora-ga"), "LORA"),
+    "corda": ("llama", _named("corda"), "LORA"),
     "moslora": ("llama", _named("moslora"), "RANKWISE"),
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
@@ -118,6 +119,11 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "moslora on pissa": ("llama", lambda: rw.recipes.moslora(rank=4, init="pissa"), "RANKWISE"),
     "moslora on pissa fold": ("llama", lambda: rw.recipes.moslora(rank=4, init="pissa", base="fold"), "RANKWISE"),
     "lora-ga plain scaling fold": ("llama", lambda: rw.recipes.lora_ga(rank=4, alpha=3, scaling="lora", base="fold"), "LORA"),
+    "corda kpm official fold": (
+        "llama",
+        lambda: rw.recipes.corda(rank=4, mode="kpm", balance="official", damping=0.01, normalize="sample", base="fold"),
+        "LORA",
+    ),
     "dora on lora-ga": ("llama", lambda: rw.recipes.lora_ga(rank=4, gain="dora"), "LORA"),
     # gains over other updates
     "dora full gradient": ("llama", lambda: rw.recipes.dora(rank=4, norm_grad="full"), "LORA"),
@@ -153,6 +159,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "gpt2 dora on pissa": ("gpt2", lambda: rw.recipes.pissa(rank=4, gain="dora"), "LORA"),
     "gpt2 pissa fold": ("gpt2", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "gpt2 lora-ga": ("gpt2", _named("lora-ga"), "LORA"),
+    "gpt2 corda": ("gpt2", _named("corda"), "LORA"),
     "gpt2 vera": ("gpt2", lambda: rw.recipes.vera(rank=24), "VERA"),
     "gpt2 moslora": ("gpt2", _named("moslora"), "RANKWISE"),
     "gpt2 tied embedding": ("gpt2", lambda: rw.recipes.lora(rank=4, targets=["wte", "c_attn"]), "LORA"),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, Plain
-from rankwise.inits import Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
+from rankwise.inits import Corda, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
 from rankwise.updates import Mixer, NoUpdate, Vera
 
@@ -89,6 +89,23 @@ def lora_ga(
     return _recipe(fields, name="lora-ga", init=init, scaling="rslora", lr=5e-5, lr_bracket=(1e-5, 1e-3))
 
 
+def corda(
+    mode: Literal["ipm", "kpm"] = "ipm",
+    balance: Literal["norm", "official"] = "norm",
+    damping: float = 0.0,
+    normalize: Literal["none", "sample"] = "none",
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 256,
+    **fields: Any,
+) -> Recipe:
+    """CorDA (Yang et al. 2024, arXiv 2406.05223): starts at the components of the weight that the data's inputs excite most ('ipm') or
+    least ('kpm'). alpha = rank. The official code is balance='official', damping=0.01, normalize='sample'.
+    """
+    fields.setdefault("alpha", fields.get("rank", 16))
+    init = Corda(mode, balance, damping, normalize, svd, calibration_rows)
+    return _recipe(fields, name="corda", init=init, lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
 def moslora(mixer: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal", **fields: Any) -> Recipe:
     """MoSLoRA (Wu et al. 2024, arXiv 2406.11909): a trained mixer between the factors. 'kaiming' is the paper's start of the mixer."""
     if mixer == "butterfly":
@@ -117,6 +134,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "milora-svd": milora_svd,
     "olora": olora,
     "lora-ga": lora_ga,
+    "corda": corda,
     "moslora": moslora,
     "vera": vera,
     "propulsion": propulsion,

@@ -1,6 +1,7 @@
 """Init axis: where do the factors start? A choice is a pure function (site, weight, statistics, generator) -> a starting pair."""
 
 from rankwise.inits.base import Beginning, Calibration, Init, Statistics, site_generator
+from rankwise.inits.corda import Corda
 from rankwise.inits.lora_ga import LoraGa
 from rankwise.inits.olora import OLora
 from rankwise.inits.own import Own
@@ -8,10 +9,10 @@ from rankwise.inits.random import Gaussian, Kaiming, Orthonormal, RandomUp
 from rankwise.inits.spectral import MinorComponents, Pissa
 
 INITS: dict[str, type[Init]] = {
-    init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa)
+    init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa, Corda)
 }
 
 __all__ = [
-    "INITS", "Beginning", "Calibration", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora", "Orthonormal", "Own",
+    "INITS", "Beginning", "Calibration", "Corda", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora", "Orthonormal", "Own",
     "Pissa", "RandomUp", "Statistics", "site_generator",
 ]  # fmt: skip
