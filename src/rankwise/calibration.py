@@ -63,8 +63,8 @@ def beginnings(
         shared = _distinct_inputs(model, sites, batches[0])
         for chunk in chunks(units(sites, ask, shared), budget, sites[0].element):
             gathered = _gather(model, chunk, ask, batches, recipe.seed)
-            while gathered:
-                unit, statistics = gathered.popitem()
+            for unit in chunk:
+                statistics = gathered.pop(unit)
                 for site in unit.sites:
                     layer = model.get_submodule(site.name)
                     weight = storage_of(layer).read(layer) if recipe.init.needs_weight else None
@@ -95,7 +95,7 @@ def units(sites: Sequence[Site], ask: Calibration, shared: Mapping[str, str] | N
 def _unit(sites: tuple[Site, ...], ask: Calibration) -> Unit:
     site = sites[0]
     if ask.kind == "covariance":
-        direct = len(sites) == 1 and site.out_features < site.in_features and not ask.by_sample
+        direct = ask.direct and len(sites) == 1 and site.out_features < site.in_features and not ask.by_sample
         return Unit(sites, direct, site.in_features * (site.out_features if direct else site.in_features))
     if ask.kind == "gradient-sketch":
         return Unit(sites, False, _width(site, ask) * (site.in_features + site.out_features))

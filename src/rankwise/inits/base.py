@@ -27,12 +27,14 @@ class Calibration:
     rows: how many rows of the training data `rankwise train` gives.
     width: columns of the sketch, as a multiple of the rank.
     by_sample: covariance of inputs divided by each row's largest value, summed and divided by the rows (CorDA's official code).
+    direct: W C may be gathered from the outputs, where that is smaller than C; False where the outputs' rounding would matter.
     """
 
     kind: Literal["gradient", "gradient-sketch", "covariance"]
     rows: int
     width: int = 8
     by_sample: bool = False
+    direct: bool = True
 
 
 @dataclass(frozen=True)

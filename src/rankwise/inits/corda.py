@@ -50,7 +50,7 @@ class Corda(Init):
 
     @property
     def calibration(self) -> Calibration:
-        return Calibration("covariance", self.calibration_rows, by_sample=self.normalize == "sample")
+        return Calibration("covariance", self.calibration_rows, by_sample=self.normalize == "sample", direct=self.mode == "ipm")
 
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         assert weight is not None
