@@ -101,6 +101,8 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "pissa": ("llama", _named("pissa"), "LORA"),
     "milora-svd": ("llama", _named("milora-svd"), "LORA"),
     "olora": ("llama", _named("olora"), "LORA"),
+    "lora-ga": ("llama", _named("lora-ga"), "LORA"),
+    "corda": ("llama", _named("corda"), "LORA"),
     "moslora": ("llama", _named("moslora"), "RANKWISE"),
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
@@ -117,6 +119,13 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "pissa with down frozen": ("llama", lambda: rw.recipes.pissa(rank=4, frozen={"down"}), "LORA"),
     "moslora on pissa": ("llama", lambda: rw.recipes.moslora(rank=4, init="pissa"), "RANKWISE"),
     "moslora on pissa fold": ("llama", lambda: rw.recipes.moslora(rank=4, init="pissa", base="fold"), "RANKWISE"),
+    "lora-ga plain scaling fold": ("llama", lambda: rw.recipes.lora_ga(rank=4, alpha=3, scaling="lora", base="fold"), "LORA"),
+    "corda kpm official fold": (
+        "llama",
+        lambda: rw.recipes.corda(rank=4, mode="kpm", balance="official", damping=0.01, normalize="sample", base="fold"),
+        "LORA",
+    ),
+    "dora on lora-ga": ("llama", lambda: rw.recipes.lora_ga(rank=4, gain="dora"), "LORA"),
     # gains over other updates
     "dora full gradient": ("llama", lambda: rw.recipes.dora(rank=4, norm_grad="full"), "LORA"),
     "dora with down frozen": ("llama", lambda: rw.recipes.lora_fa(rank=4, gain="dora"), "LORA"),
@@ -153,6 +162,8 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "gpt2 lora": ("gpt2", _named("lora"), "LORA"),
     "gpt2 dora on pissa": ("gpt2", lambda: rw.recipes.pissa(rank=4, gain="dora"), "LORA"),
     "gpt2 pissa fold": ("gpt2", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
+    "gpt2 lora-ga": ("gpt2", _named("lora-ga"), "LORA"),
+    "gpt2 corda": ("gpt2", _named("corda"), "LORA"),
     "gpt2 vera": ("gpt2", lambda: rw.recipes.vera(rank=24), "VERA"),
     "gpt2 adalora": ("gpt2", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
     "gpt2 moslora": ("gpt2", _named("moslora"), "RANKWISE"),
@@ -179,7 +190,13 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
 def trained(case: str) -> Any:
     """A model of a case, adapted and trained for three steps."""
     name, recipe, _ = CASES[case]
-    return train(rw.adapt(base(name), recipe()))
+    return train(adapted(name, recipe()))
+
+
+def adapted(name: str, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Any:
+    """A base with adapters at their start; inits that ask for calibration read two rows, the others nothing."""
+    labels = torch.tensor([0, 2]) if name == "bert" else IDS
+    return rw.adapt(base(name, dtype), recipe, calibration=[{"input_ids": IDS, "labels": labels}])
 
 
 def refused(folder: Path, message: str, model: Any = None, **options: Any) -> None:

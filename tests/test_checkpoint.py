@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import CASES, FILES, IDS, base, logits, refused, relative, tensors_of, train, trained
+from checkpoint_models import CASES, FILES, IDS, adapted, base, logits, refused, relative, tensors_of, train, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -75,7 +75,7 @@ def test_loading_gives_back_the_model_bit_for_bit(case: str, tmp_path: Path, req
 @pytest.mark.parametrize("case", ["dora", "pissa", "dora on pissa fold", "vera", "moslora", "propulsion"])
 def test_other_dtypes_round_trip(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     name, recipe, _ = CASES[case]
-    model = train(rw.adapt(base(name, dtype), recipe()))
+    model = train(adapted(name, recipe(), dtype))
     rw.save(model, tmp_path / "a")
     masters = torch.promote_types(dtype, torch.float32)
     assert {tensor.dtype for tensor in load_file(tmp_path / "a/adapter_model.safetensors").values()} == {masters}
@@ -250,7 +250,7 @@ def test_save_projection_needs_projections(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["adapt", "load"])
 def test_a_run_resumes_bit_for_bit(case: str, way: str, tmp_path: Path) -> None:
     name, recipe, _ = CASES[case]
-    whole = rw.adapt(base(name), recipe())
+    whole = adapted(name, recipe())
     optimizer: Any = rw.optimizer(whole, lr=1e-2, total_steps=4)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, k: int) -> None:
@@ -268,7 +268,7 @@ def test_a_run_resumes_bit_for_bit(case: str, way: str, tmp_path: Path) -> None:
     for k in range(2, 4):
         step(whole, optimizer, k)
 
-    resumed = rw.adapt(base(name), recipe()) if way == "adapt" else rw.load(base(name), tmp_path / "a")
+    resumed = adapted(name, recipe()) if way == "adapt" else rw.load(base(name), tmp_path / "a")
     again: Any = rw.optimizer(resumed, lr=1e-2, total_steps=4)
     again.rankwise_session.restore(session)  # first: shapes follow the ranks
     load_trainable_state(resumed, state)

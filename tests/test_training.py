@@ -187,6 +187,25 @@ def test_every_recipe_resumes_bit_for_bit(world: Path, tmp_path: Path, monkeypat
     assert whole.after == resumed.after != whole.before
 
 
+@pytest.mark.parametrize("name", ["lora-ga", "corda", "pissa"])
+def test_a_resumed_run_makes_no_start_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    changes = {"method": name, "targets": ["q_proj", "down_proj"]}
+    whole = run(plain_config(world, CAUSAL, tmp_path / "whole", **changes))
+    config = plain_config(world, CAUSAL, tmp_path / "cut", **changes)
+    cut_short(config, monkeypatch, 8)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise AssertionError("the start was made again")
+
+        patch.setattr(type(RECIPES[name]().init), "begin", refuse)
+        patch.setattr("rankwise.adapting.beginnings", refuse)
+        with pytest.raises(AssertionError, match="made again"):
+            run(config | {"output": str(tmp_path / "other")})  # a new run does make it
+        resumed = run(config)
+    assert_same(whole.run.root, resumed.run.root)
+
+
 @pytest.mark.parametrize(
     ("micro_step", "changes"), [(1, {}), (7, {}), (7, {"eval_every": 1}), (9, {"save_every": 3, "batch_size": 8, "accumulate": 1})]
 )

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rankwise.calibration import beginnings
 from rankwise.equation import Start
 from rankwise.errors import TargetError
-from rankwise.inits import site_generator
+from rankwise.inits import Beginning, site_generator
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
 from rankwise.sharing import SharedProjection
@@ -59,13 +60,16 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, T
     Args:
         model: the base, weights loaded. Dtype and device stay; adapters are fp32 masters (fp64 on an fp64 base) beside their weights.
         recipe: what to put where.
-        calibration: batches (dicts of tensors) for inits that ask for statistics; no recipe of this version does.
+        calibration: batches (dicts of tensors, as the model takes them; with labels where gradients are needed) for inits that ask for
+            statistics: LoRA-GA, CorDA. Other inits do not read them.
 
     Raises:
         TargetError, RecipeError: as `plan`.
+        CalibrationError: calibration data that the init needs is missing, too small, or gives statistics that are no numbers.
     """
     made = plan(model, recipe)
-    return build(model, recipe, made)
+    begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, calibration)
+    return build(model, recipe, made, begun=begun)
 
 
 def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | None:
@@ -75,7 +79,12 @@ def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | Non
 
 
 def build(
-    model: nn.Module, recipe: Recipe, made: Plan, stored: Mapping[str, Stored] | None = None, shared: nn.Module | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    made: Plan,
+    stored: Mapping[str, Stored] | None = None,
+    shared: nn.Module | None = None,
+    begun: Mapping[str, Beginning] | None = None,
 ) -> nn.Module:
     """Builds the adapters of a plan.
 
@@ -85,6 +94,7 @@ def build(
         made: the plan.
         stored: site name -> tensors from a file, instead of the recipe's init: no decomposition is run, no number is drawn.
         shared: what `shared_part` made, where the caller had to look at it first.
+        begun: site name -> starting pair, of an init that needed calibration.
     """
     from rankwise.checkpoint.fingerprint import base_fingerprint
 
@@ -102,7 +112,7 @@ def build(
     for position, site in enumerate(made.sites):
         layer = modules[site.name]
         given = None if stored is None else stored[site.name]
-        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes)
+        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -135,6 +145,7 @@ def _adapter(
     projection: SharedProjection | None,
     stored: Stored | None,
     notes: list[str],
+    made: Mapping[str, Beginning] | None,
 ) -> AdaptedLinear:
     device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
@@ -149,8 +160,11 @@ def _adapter(
                 offset = Offset(*(t.to(device, masters) for t in stored.start))
         else:
             generator = site_generator(recipe.seed, site.name)
-            weight = storage.read(layer) if recipe.init.needs_weight else None
-            begun = recipe.init.begin(site, weight, None, generator)
+            if made is not None:
+                begun = made[site.name]
+            else:
+                weight = storage.read(layer) if recipe.init.needs_weight else None
+                begun = recipe.init.begin(site, weight, None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
             down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
             update.begin(down, up, recipe.init.moves_base, generator)

@@ -28,6 +28,10 @@ class DataError(RankwiseError, ValueError):
     """A data file that cannot be used: a broken line, no supervised token, an unknown label."""
 
 
+class CalibrationError(RankwiseError, ValueError):
+    """Calibration data that is missing, too small, or gives statistics that are no numbers."""
+
+
 class TrainingError(RankwiseError, RuntimeError):
     """A run that had to stop: a loss that is not a number, an adapter that never received a gradient."""
 

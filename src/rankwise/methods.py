@@ -58,6 +58,16 @@ ABOUT: dict[str, About] = {
         "Take it as PiSSA, where a decomposition should be cheap.",
         "One QR a site before training, and a frozen copy of the start while the base is kept untouched.",
     ),
+    "lora-ga": About(
+        "LoRA that starts at the singular vectors of the gradient, so that its first step is the best of its rank for full fine-tuning.",
+        "Take it when LoRA learns too slowly and a few batches of the task's own data may be spent on the start; lower lr with it.",
+        "A forward and backward over the calibration rows before training, and a frozen copy of the start while the base is kept.",
+    ),
+    "corda": About(
+        "LoRA that starts at the components of the weight that inputs of real data excite most, or least.",
+        "Take mode ipm, on rows of the task, to learn it fast; mode kpm, on rows of what must not be forgotten, to keep it.",
+        "A forward over the calibration rows and a decomposition a site before training, and a frozen copy of the start.",
+    ),
     "moslora": About(
         "A trained rank-by-rank mixer stands between LoRA's two factors.",
         "Take it to let the subspaces of the two factors combine freely at the same rank.",

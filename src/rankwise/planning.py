@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from rankwise.calibration import note as calibration_note
 from rankwise.errors import RecipeError, TargetError
 from rankwise.recipe import Recipe
 from rankwise.sites import (
@@ -207,6 +208,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     recipe.schedule.check(sites)
     if recipe.base == "fold":
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
+    if recipe.init.calibration is not None:
+        notes.append(calibration_note(recipe.init.calibration, sites))
     if recipe.gain.name == "propulsion" and any(site.has_bias for site in sites):
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:

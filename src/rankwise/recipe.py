@@ -303,6 +303,12 @@ LEGALITY: tuple[Forbidden, ...] = (
         _both(lambda recipe: recipe.update.name == "adalora" and recipe.init.own, _frozen("core")),
     ),
     Forbidden(
+        "init=lora-ga",
+        "gradient=lora-plus",
+        "the start makes the first step follow the gradient, which two learning rates would bend away again; use gradient='plain'",
+        _both(_is("init", "lora-ga"), _is("gradient", "lora-plus")),
+    ),
+    Forbidden(
         "base=fold",
         "an init that does not move the base",
         "the start is zero, so there is nothing to fold; use base='keep'",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rankwise.errors import RecipeError
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, Plain
-from rankwise.inits import Kaiming, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
+from rankwise.inits import Corda, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
 from rankwise.schedules import AdaLoraBudget
 from rankwise.updates import Mixer, NoUpdate, Svd, Vera
@@ -74,6 +74,40 @@ def olora(**fields: Any) -> Recipe:
     return _recipe(fields, name="olora", init=OLora(), lr=1e-4, lr_bracket=(2e-5, 1e-3))
 
 
+def lora_ga(
+    direction: Literal["down-first", "up-first", "interleaved", "random"] = "down-first",
+    scale: Literal["stable", "gd", "unit"] = "stable",
+    gamma: float = 16.0,
+    estimate: Literal["full", "sketch"] = "full",
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 64,
+    **fields: Any,
+) -> Recipe:
+    """LoRA-GA (Wang et al. 2024, arXiv 2407.05000): starts at the singular vectors of the gradient on a few batches of the task.
+
+    Scaling is alpha over the square root of the rank, as the paper wants it. The rate is that of full fine-tuning rather than LoRA's.
+    """
+    init = LoraGa(direction, scale, gamma, estimate, svd, calibration_rows)
+    return _recipe(fields, name="lora-ga", init=init, scaling="rslora", lr=5e-5, lr_bracket=(1e-5, 1e-3))
+
+
+def corda(
+    mode: Literal["ipm", "kpm"] = "ipm",
+    balance: Literal["norm", "official"] = "norm",
+    damping: float = 0.0,
+    normalize: Literal["none", "sample"] = "none",
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 256,
+    **fields: Any,
+) -> Recipe:
+    """CorDA (Yang et al. 2024, arXiv 2406.05223): starts at the components of the weight that the data's inputs excite most ('ipm') or
+    least ('kpm'). alpha = rank. The official code is balance='official', damping=0.01, normalize='sample'.
+    """
+    fields.setdefault("alpha", fields.get("rank", 16))
+    init = Corda(mode, balance, damping, normalize, svd, calibration_rows)
+    return _recipe(fields, name="corda", init=init, lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
 def moslora(mixer: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal", **fields: Any) -> Recipe:
     """MoSLoRA (Wu et al. 2024, arXiv 2406.11909): a trained mixer between the factors. 'kaiming' is the paper's start of the mixer."""
     if mixer == "butterfly":
@@ -130,6 +164,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "pissa": pissa,
     "milora-svd": milora_svd,
     "olora": olora,
+    "lora-ga": lora_ga,
+    "corda": corda,
     "moslora": moslora,
     "vera": vera,
     "propulsion": propulsion,

@@ -41,6 +41,8 @@ def fields_of(update: str, gain: str, init: str, gradient: str, base: str, froze
     return FIELDS | {"update": update, "gain": gain, "init": init, "gradient": gradient, "base": base, "frozen": frozenset(frozen)}
 
 
+# ten tokens, for inits that ask: other inits do not read them
+CALIBRATION = [{"input_ids": token_ids(rows=2, length=5, seed=9), "labels": token_ids(rows=2, length=5, seed=9)}]
 LEGAL = [combination for combination in COMBINATIONS if refusal(fields_of(*combination)) is None]
 ILLEGAL = [combination for combination in COMBINATIONS if refusal(fields_of(*combination)) is not None]
 
@@ -68,7 +70,7 @@ def fulfils_the_contract(recipe: Recipe) -> Any:
     def same_as_base(values: torch.Tensor) -> bool:
         return torch.equal(values, before) if kept else torch.allclose(values, before, rtol=1e-5, atol=2e-5)
 
-    assert rw.adapt(model, recipe) is model
+    assert rw.adapt(model, recipe, calibration=CALIBRATION) is model
     assert len(adapted_sites(model)) == 3
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.trained_parameters > 0
     assert sum(row.parameters for row in rw.summary(model)) == plan.trained_parameters
@@ -172,6 +174,7 @@ ROWS: list[dict[str, Any]] = [
     {"schedule": "adalora"},
     {"update": "adalora", "schedule": "adalora", "init": "pissa"},
     {"update": "adalora", "init": "own", "frozen": {"core"}},
+    {"init": "lora-ga", "gradient": "lora-plus"},
     {"base": "fold"},
     {"base": "fold", "init": "pissa", "dropout": 0.1},
     {"init": "random-up", "frozen": {"down"}},

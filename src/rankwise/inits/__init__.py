@@ -1,14 +1,18 @@
 """Init axis: where do the factors start? A choice is a pure function (site, weight, statistics, generator) -> a starting pair."""
 
-from rankwise.inits.base import Beginning, Init, site_generator
+from rankwise.inits.base import Beginning, Calibration, Init, Statistics, site_generator
+from rankwise.inits.corda import Corda
+from rankwise.inits.lora_ga import LoraGa
 from rankwise.inits.olora import OLora
 from rankwise.inits.own import Own
 from rankwise.inits.random import Gaussian, Kaiming, Orthonormal, RandomUp
 from rankwise.inits.spectral import MinorComponents, Pissa
 
-INITS: dict[str, type[Init]] = {init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora)}
+INITS: dict[str, type[Init]] = {
+    init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa, Corda)
+}
 
 __all__ = [
-    "INITS", "Beginning", "Gaussian", "Init", "Kaiming", "MinorComponents", "OLora", "Orthonormal", "Own", "Pissa", "RandomUp",
-    "site_generator"
+    "INITS", "Beginning", "Calibration", "Corda", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora", "Orthonormal", "Own",
+    "Pissa", "RandomUp", "Statistics", "site_generator",
 ]  # fmt: skip

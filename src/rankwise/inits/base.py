@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,44 @@ class Beginning(NamedTuple):
     notes: tuple[str, ...] = ()  # what the user should know, such as replaced dead directions
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What an init asks of calibration before it can begin.
+
+    kind: 'gradient' of the loss by the weight; 'gradient-sketch', the same through thin products alone; 'covariance' of the input.
+    rows: how many rows of the training data `rankwise train` gives.
+    width: columns of the sketch, as a multiple of the rank.
+    by_sample: covariance of inputs divided by each row's largest value, summed and divided by the rows (CorDA's official code).
+    direct: W C may be gathered from the outputs, where that is smaller than C; False where the outputs' rounding would matter.
+    """
+
+    kind: Literal["gradient", "gradient-sketch", "covariance"]
+    rows: int
+    width: int = 8
+    by_sample: bool = False
+    direct: bool = True
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration gathered for one site; fp32, fp64 over an fp64 base. Only what the init asked for is there.
+
+    tokens: tokens that reached the site, padding left out.
+    gradient: (out, in), weighted by the tokens that have a loss; with a `basis`, its coordinates basis^T G, (width, in).
+    basis: (out, width), orthonormal: G is basis @ gradient, as far as the sketch reaches.
+    covariance: (in, in), x x^T summed and divided by `divisor`, not centred.
+    product: (out, in), W @ covariance, gathered directly where that is smaller than the covariance.
+    energy: the trace of the covariance.
+    """
+
+    tokens: int
+    gradient: Tensor | None = None
+    basis: Tensor | None = None
+    covariance: Tensor | None = None
+    product: Tensor | None = None
+    energy: float = 0.0
+
+
 class Init(ABC):
     """Abstract: one value of the init axis. Final subclasses are frozen dataclasses of options."""
 
@@ -29,14 +68,19 @@ class Init(ABC):
     #: the init makes no pair, because the update brings its own values
     own: ClassVar[bool] = False
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """The statistics that this init needs; None where the weight and a generator are enough."""
+        return None
+
     @abstractmethod
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         """The starting pair.
 
         Args:
             site: shapes, rank and scaling.
             weight: the dense frozen weight (out, in), only where `needs_weight`.
-            statistics: what calibration gathered for this site, for inits that ask for it.
+            statistics: what calibration gathered for this site, where `calibration` asks for it; not to be kept.
             generator: a CPU generator of the site's own, seeded from the run's seed and the site's name.
         """
 

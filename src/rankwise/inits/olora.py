@@ -9,12 +9,12 @@ agree).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rankwise.inits.base import Beginning, Init
+from rankwise.inits.base import Beginning, Init, Statistics
 from rankwise.inits.spectral import _check_rank
 from rankwise.updates import Site
 
@@ -27,7 +27,7 @@ class OLora(Init):
     moves_base: ClassVar[bool] = True
     needs_weight: ClassVar[bool] = True
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         assert weight is not None
         _check_rank(site)
         weight = weight if weight.dtype == torch.float64 else weight.float()

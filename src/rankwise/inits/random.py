@@ -10,13 +10,13 @@ At an embedding the gathered factor is the zero one: down = 0, up ~ N(0, 1), as 
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import RecipeError
-from rankwise.inits.base import Beginning, Init
+from rankwise.inits.base import Beginning, Init, Statistics
 from rankwise.updates import Site
 
 
@@ -38,7 +38,7 @@ class Kaiming(Init):
 
     name: ClassVar[str] = "kaiming"
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         if site.kind == "embedding":
             return _embedding(site, generator)
         return _zero_up(site, _uniform((site.rank, site.in_features), 1 / math.sqrt(site.in_features), generator))
@@ -50,7 +50,7 @@ class Gaussian(Init):
 
     name: ClassVar[str] = "gaussian"
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         if site.kind == "embedding":
             return _embedding(site, generator)
         return _zero_up(site, torch.randn(site.rank, site.in_features, generator=generator) / site.rank)
@@ -62,7 +62,7 @@ class Orthonormal(Init):
 
     name: ClassVar[str] = "orthonormal"
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         if site.kind == "embedding":
             return _embedding(site, generator)
         if site.rank > site.in_features:
@@ -77,6 +77,6 @@ class RandomUp(Init):
 
     name: ClassVar[str] = "random-up"
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         up = _uniform((site.out_features, site.rank), 1 / math.sqrt(site.rank), generator)
         return Beginning(torch.zeros(site.rank, site.in_features), up)

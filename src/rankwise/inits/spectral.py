@@ -10,13 +10,13 @@ PiSSA: Meng et al. 2024, arXiv 2404.02948, section 3. MiLoRA: Wang et al. 2024, 
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import RecipeError
-from rankwise.inits.base import Beginning, Init
+from rankwise.inits.base import Beginning, Init, Statistics
 from rankwise.updates import Site
 
 
@@ -110,7 +110,7 @@ class Pissa(Init):
     iterations: int = 4
     balance: Literal["sqrt", "unit"] = "sqrt"
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         assert weight is not None
         weight = _exact(site, weight)
         svd = self.svd if self.svd != "auto" else "exact" if min(weight.shape) <= 1024 else "randomized"
@@ -128,7 +128,7 @@ class MinorComponents(Init):
     selector: Literal["min", "mid", "max", "random"] = "min"
     balance: Literal["sqrt", "unit"] = "sqrt"
 
-    def begin(self, site: Site, weight: Tensor | None, statistics: Any, generator: torch.Generator) -> Beginning:
+    def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         assert weight is not None
         weight = _exact(site, weight)
         u = fix_signs(self.directions(weight, site.rank, generator))

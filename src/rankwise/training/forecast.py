@@ -40,6 +40,9 @@ def forecast(path: str | Path, overrides: Sequence[str] = ()) -> str:
     recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *heads])))
     lines.append(str(rw.plan(model, recipe)))
     train = config.train
+    if recipe.init.calibration is not None:
+        rows = min(recipe.init.calibration.rows, len(data.train)) if data else recipe.init.calibration.rows
+        lines.append(f"Calibration  {rows:,} training rows in {-(-rows // train.batch_size):,} batches, once, before the first step")
     rate = recipe.lr if train.lr is None else train.lr
     batch = f"{train.batch_size} rows" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
     steps = f"{total_steps(config, len(data.train)):,} steps" if data else f"{train.steps or f'{train.epochs:g} epochs'}"

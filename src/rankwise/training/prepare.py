@@ -1,6 +1,7 @@
 """Rows of a configuration, read, recognised, encoded and checked: everything that happens to data before a step is taken."""
 
 import dataclasses
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,13 @@ def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> 
             raise ConfigError("data.general is for causal language models; a classifier has no loss on general text; take it out")
         return _classification(config, train, rows["eval"], tokenizer, labels)
     return _causal(config, train, rows["eval"], rows["general"], tokenizer)
+
+
+def calibration_batches(config: Config, data: Prepared, rows: int) -> list[dict[str, Any]]:
+    """Batches of `train.batch_size` training rows, drawn without replacement from the run's seed; all rows where there are fewer."""
+    drawn = random.Random(f"{config.seed}/calibration").sample(range(len(data.train)), min(rows, len(data.train)))
+    size = config.train.batch_size
+    return [data.collate([data.train[index] for index in drawn[start : start + size]]) for start in range(0, len(drawn), size)]
 
 
 def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any) -> Prepared:

@@ -14,7 +14,7 @@ from rankwise.training.config import Config, load_config, make_config, resolve, 
 from rankwise.training.evaluate import causal_scores, class_scores, scores_table
 from rankwise.training.folder import RunFolder, begin, config_of, identity, look, write_json
 from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
-from rankwise.training.prepare import Prepared, prepare, source_names
+from rankwise.training.prepare import Prepared, calibration_batches, prepare, source_names
 from rankwise.training.progress import say
 from rankwise.training.quiet import quiet
 
@@ -76,7 +76,7 @@ def train(
     data = prepare(config, tokenizer)
     say(console, data.text())
     _show_rows(console, data, tokenizer)
-    loaded = adapted_model(config, data.labels)
+    loaded = adapted_model(config, data, run.checkpoint() if state == "resume" else None, console)
     for note in dict.fromkeys([*notes, *loaded.notes]):
         say(console, f"Note  {note}")
     plan = str(loaded.model.rankwise.plan)
@@ -89,14 +89,29 @@ def train(
     return result
 
 
-def adapted_model(config: Config, labels: Sequence[str] | None) -> Loaded:
-    """The base of a configuration with its adapters; a classifier's head trains in full."""
+def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None = None, console: Any = None) -> Loaded:
+    """The base of a configuration with its adapters; a classifier's head trains in full.
+
+    Args:
+        config: the run.
+        data: its rows; some of the training rows are what an init that asks for calibration sees.
+        found: the checkpoint to go on from. A start that was made from weights or data is read from there instead of being made again.
+        console: where to say that calibration runs.
+    """
     import rankwise as rw
 
     dtype = pick_precision(config.train.precision, pick_device())
-    loaded = load_model(config.model, config.task, labels, dtype, config.seed)
+    loaded = load_model(config.model, config.task, data.labels, dtype, config.seed)
     recipe = resolve(config)
-    rw.adapt(loaded.model, recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules]))))
+    recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules])))
+    ask = recipe.init.calibration
+    if found is not None and (ask is not None or recipe.init.needs_weight):
+        rw.load(loaded.model, found[0] / "adapter")
+        return loaded
+    batches = None if ask is None else calibration_batches(config, data, ask.rows)
+    if ask is not None and batches is not None and console is not None:
+        say(console, f"Calibrating on {min(ask.rows, len(data.train)):,} of {len(data.train):,} training rows, {len(batches)} batches")
+    rw.adapt(loaded.model, recipe, calibration=batches)
     return loaded
 
 
