@@ -18,7 +18,8 @@ from rankwise.checkpoint import export_lora, load_trainable_state, trainable_sta
 from rankwise.errors import CheckpointError, RecipeError, TrainingError
 from rankwise.resizing import resize
 from rankwise.schedules import AdaLoraBudget
-from rankwise.schedules.adalora import Phases, orthogonality
+from rankwise.schedules.adalora import Phases
+from rankwise.schedules.allocator import orthogonality
 from rankwise.sites import adapted_sites
 
 check = pytest.mark.check
