@@ -22,6 +22,7 @@ from rankwise.checkpoint.naming import peft_patterns, shortest
 from rankwise.checkpoint.peft_fields import LORA_DEFAULTS, VERA_DEFAULTS
 from rankwise.equation import Start
 from rankwise.planning import Plan
+from rankwise.preparing import needs_dense
 from rankwise.recipe import Recipe
 from rankwise.sites import AdaptedLinear, adapted_sites
 from rankwise.updates import Site
@@ -60,6 +61,8 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
             return NATIVE, "PEFT's VeRA cuts all sites out of one pair (sharing='max-slice')"
         if len({site.rank for site in sites}) > 1:
             return NATIVE, "PEFT's VeRA has one rank for all sites"
+    if record.plan.held and needs_dense(recipe):
+        return NATIVE, "the base's 4-bit form is made here, of a residual or with the lengths of the original rows, and PEFT cannot make it"
     for name, module in adapted_sites(model).items():
         if getattr(module.base_layer, "max_norm", None) is not None:
             return NATIVE, f"PEFT applies max_norm of the embedding {name} to the factors too"
