@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rankwise as rw
-from rankwise import equation
+from rankwise import sharing
 from rankwise.sites import adapted_sites
 from rankwise.updates.vera import draw_pair
 
@@ -37,13 +37,13 @@ def dense_attention(model: Attention, x: Tensor) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Records the shape of x at each GEMM with `down`."""
     seen: list[tuple[int, ...]] = []
-    plain = equation._Down.forward
+    plain = sharing._Down.forward
 
     def counted(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         seen.append(tuple(x.shape))
         return plain(ctx, x, *rest)
 
-    monkeypatch.setattr(equation._Down, "forward", staticmethod(counted))
+    monkeypatch.setattr(sharing._Down, "forward", staticmethod(counted))
     return seen
 
 

@@ -3,7 +3,7 @@
 A byte-level BPE tokenizer and a Llama-architecture model of under four million parameters are trained from scratch on
 Debian package descriptions, without the sections `games` and `science`: those stay unseen, so that fine-tuning on them
 has something to teach. Every row is read in two forms that alternate between epochs: as plain text, and as a chat in
-the wording of the demo's own task (`prompt_text` in make_demo_data.py).
+the wording of `prompt_text` in make_demo_data.py. The demo's own task asks for another form of the answer.
 
     python tools/make_demo_base.py --descriptions ../shared/data/debian-descriptions.jsonl.gz
     python tools/make_demo_base.py --descriptions ... --steps 20 --out build/smoke      # a smoke run
@@ -173,7 +173,7 @@ def make_model(vocabulary: int, args: argparse.Namespace) -> LlamaForCausalLM:
     )
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=END_ID, pad_token_id=PAD_ID, do_sample=False)
+    model.generation_config = GenerationConfig(eos_token_id=END_ID, pad_token_id=PAD_ID, do_sample=False, repetition_penalty=1.3)
     return model
 
 

@@ -13,6 +13,7 @@ import argparse
 import gzip
 import json
 import random
+import textwrap
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,8 +36,29 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def prompt_text(row: Row) -> str:
-    """The user's message of the completion task; the base model was trained on the same wording."""
+    """A user's message; the base model was trained on this wording, with the plain description as the answer."""
     return f"Describe the Debian package `{row['package']}` (section {row['section']}): {row['short']}"
+
+
+def control_prompt(row: Row) -> str:
+    """The user's message of the completion task."""
+    return f"Write the control file's description of the Debian package `{row['package']}` (section {row['section']}): {row['short']}"
+
+
+def control_text(row: Row) -> str:
+    """The long description as a Debian control file has it: lines of at most 72 characters that begin with a space.
+
+    The base model has never seen this form (nor these sections), so that fine-tuning teaches something that one sees at a glance.
+    """
+    paragraphs = [paragraph for paragraph in row["long"].split("\n\n") if paragraph.strip()]
+    wrapped = [
+        "\n".join(
+            textwrap.fill(line, 72, initial_indent=" ", subsequent_indent=" ", break_long_words=False, break_on_hyphens=False)
+            for line in paragraph.splitlines()
+        )
+        for paragraph in paragraphs
+    ]
+    return "\n .\n".join(wrapped)
 
 
 def plain_text(row: Row) -> str:
@@ -60,7 +82,7 @@ def in_split(rows: list[Row], split: str, sections: tuple[str, ...]) -> list[Row
 def completion_rows(rows: list[Row], split: str, count: int, seed: int) -> list[Row]:
     fitting = [row for row in in_split(rows, split, UNSEEN_SECTIONS) if len(row["long"]) <= LONGEST_COMPLETION]
     chosen = pick(fitting, count, seed)
-    return [{"prompt": prompt_text(row), "completion": row["long"]} for row in chosen]
+    return [{"prompt": control_prompt(row), "completion": control_text(row)} for row in chosen]
 
 
 def section_rows(rows: list[Row], split: str, per_class: int, characters: int | None, seed: int) -> list[Row]:
@@ -97,7 +119,8 @@ rows come from different source packages; training rows that repeat the descript
 left out. Made by `tools/make_demo_data.py`.
 
 - `train.jsonl` ({train:,} rows) and `test.jsonl` ({test:,} rows), `prompt` and `completion`: write the long description
-  of a package, for the sections {unseen}, which the demo base model has never seen. Descriptions of over
+  of a package as a Debian control file has it (lines of at most 72 characters that begin with a space, a full stop
+  between paragraphs), for the sections {unseen}. The demo base model has seen neither this form nor these sections. Descriptions of over
   {longest:,} characters are left out: with their prompt they would not fit the model's 512 positions.
 - `general.jsonl` ({general:,} rows), `text`: plain descriptions from the test split of all other sections, to measure
   what fine-tuning forgets.
@@ -105,7 +128,7 @@ left out. Made by `tools/make_demo_data.py`.
   `label`: name the section, one of {classes}.
   At most {per_train} training and {per_test} test rows of a section; texts cut after {characters} characters.
 
-A prompt reads as the base model was trained to read it, as the user's message of a chat:
+A prompt reads:
 
     {prompt}
 

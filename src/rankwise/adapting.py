@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankwise.equation import SharedProjection, Start
+from rankwise.equation import Start
 from rankwise.errors import TargetError
 from rankwise.inits import Beginning, site_generator
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
+from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
 from rankwise.storage.nf4 import NF4Storage

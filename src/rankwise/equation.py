@@ -19,11 +19,9 @@ A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equ
 dtype, while the factors stand where they started.
 """
 
-import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.errors import RecipeError
 from rankwise.storage import Storage
+
+if TYPE_CHECKING:
+    from rankwise.sharing import SharedMember
 
 TokenCore = Callable[[Tensor, Tensor], Tensor]
 
@@ -114,7 +115,8 @@ def drop(x: Tensor, p: float, seed: int) -> Tensor:
 # --- the fused form --------------------------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., width) as a matrix (rows, width)."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -134,7 +136,7 @@ class _Project(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         y = storage.product(x, bias, *weights)
-        rows = _rows(x).to(y.dtype)  # (tokens, in); a cast only under autocast, where x itself is what stays
+        rows = as_rows(x).to(y.dtype)  # (tokens, in); a cast only under autocast, where x itself is what stays
         if dropout:
             rows = drop(rows, dropout, seed)
         h = rows @ down.to(y.dtype).T  # (tokens, rank)
@@ -155,7 +157,7 @@ class _Project(torch.autograd.Function):
         # gradient of h plus that of `moved`: both are products with `down`
         total = gh if gm is None else gm if gh is None else gh + gm
         if ctx.needs_input_grad[1] and total is not None:
-            rows = _rows(x).to(total.dtype)
+            rows = as_rows(x).to(total.dtype)
             if ctx.dropout:
                 rows = drop(rows, ctx.dropout, ctx.seed)
             d_down = (total.T @ rows).to(down.dtype)  # (rank, in)
@@ -220,7 +222,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gy,) = grads
         h, up, core, tail, start_up = ctx.saved_tensors
-        g = _rows(gy)  # (tokens, out)
+        g = as_rows(gy)  # (tokens, out)
         gh = gm = d_up = d_core = d_tail = None
         if ctx.needs_input_grad[1]:
             effective = _effective_up(up, core, tail, ctx.scaling)
@@ -263,7 +265,7 @@ class _Rescale(torch.autograd.Function):
         d_gain = None
         if y0 is not None:
             d_gain = torch.zeros_like(gain)
-            for g, z in zip(_rows(gy).split(_ROWS_AT_ONCE), _rows(y0).split(_ROWS_AT_ONCE), strict=True):
+            for g, z in zip(as_rows(gy).split(_ROWS_AT_ONCE), as_rows(y0).split(_ROWS_AT_ONCE), strict=True):
                 z = z.to(gain.dtype) if bias is None else z.to(gain.dtype) - bias.to(gain.dtype)
                 d_gain += (z * g).sum(0)  # (out,)
         return d_y0, d_gain, None
@@ -314,7 +316,7 @@ def fused_form(
         y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, dropout, seed, *weights)
         core = factors.core
         if token_core is not None:
-            h, core = _rows(token_core(x, h.view(*x.shape[:-1], -1))), None
+            h, core = as_rows(token_core(x, h.view(*x.shape[:-1], -1))), None
         start_up = None if start is None else start.up
         y = _Combine.apply(y, h, moved, factors.up, core, factors.tail, start_up, factors.scaling)
     return y if gain is None else _Rescale.apply(y, gain, bias)
@@ -374,97 +376,6 @@ def _times(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear(x, matrix.to(dtype)) if x.is_floating_point() else F.embedding(x, matrix.T).to(dtype)
 
 
-class SharedProjection:
-    """`down @ x`, made once for the sites of a group that read one input through one `down` (VeRA's q, k, v).
-
-    One of these stands for the group; every member holds a handle of its own, from `member()`. The projection serves only the very tensor
-    it was made from, unchanged, in the same thread and gradient mode, and each member once: whoever asks again begins a new forward and
-    gets a new projection with a new dropout mask. x is not kept alive, and the projection goes with it: nothing stays behind when a
-    member is skipped, a forward fails or a recomputation stops early. Copies and pickles are empty.
-    """
-
-    def __init__(self, members: int) -> None:
-        self.members = members
-        # per thread: two threads that run one model at once do not see each other's inputs
-        self._made = threading.local()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "SharedProjection":
-        copied = memo[id(self)] = SharedProjection(self.members)
-        return copied
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return SharedProjection, (self.members,)
-
-    def member(self) -> "SharedMember":
-        """A handle for one more member."""
-        return SharedMember(self)
-
-    def project(self, member: object, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-        """h (tokens, rank); one dropout mask for the whole group."""
-        if x.is_inference() or down.is_inference():  # such tensors have no version: a change of x between two members could not be seen
-            return _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
-        key = (x._version, x.requires_grad, down.data_ptr(), down.shape, down._version, dtype, dropout, torch.is_grad_enabled())
-        if dropout:
-            # A checkpointed region that is run again draws its seeds again: a mask must not cross the border of a region.
-            key = (*key, torch._C._autograd._top_saved_tensors_default_hooks(False))  # pyright: ignore[reportAttributeAccessIssue]
-        made: _Made | None = getattr(self._made, "value", None)
-        if made is None or made.x() is not x or made.key != key or member in made.taken:
-            h = _Down.apply(x, down, dtype, dropout, draw_seed() if dropout else 0)
-            made = self._made.value = _Made(weakref.ref(x, self._forget), key, h, set())
-        made.taken.add(member)
-        if len(made.taken) == self.members:
-            self._made.value = None
-        return made.h
-
-    def _forget(self, x: "weakref.ref[Tensor]") -> None:
-        made: _Made | None = getattr(self._made, "value", None)
-        if made is not None and made.x is x:
-            self._made.value = None
-
-
-class _Made(NamedTuple):
-    x: "weakref.ref[Tensor]"
-    key: tuple[object, ...]
-    h: Tensor  # (tokens, rank)
-    taken: set[object]  # the members that have it
-
-
-class SharedMember:
-    """One member's handle on the projection of its group."""
-
-    def __init__(self, group: SharedProjection) -> None:
-        self.group = group
-
-    def project(self, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-        """h (tokens, rank)."""
-        return self.group.project(self, x, down, dtype, dropout)
-
-
-class _Down(torch.autograd.Function):
-    """h = drop(x) down^T, (tokens, rank), with `down` frozen: nothing of x is saved.
-
-    `down` is kept as an attribute, not as a saved tensor: h may be used by several backwards, and by a checkpointed region that did not
-    make it and must save as many tensors when it runs again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
-        rows = _rows(x).to(dtype)
-        rows = drop(rows, dropout, seed) if dropout else rows
-        ctx.down = down
-        ctx.dropout, ctx.seed, ctx.shape, ctx.dtype = dropout, seed, x.shape, x.dtype
-        return rows @ down.to(dtype).T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = grads[0] @ ctx.down.to(grads[0].dtype)
-            dx = (drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, None, None
-
-
 def operate(
     x: Tensor,
     layer: nn.Module,
@@ -474,7 +385,7 @@ def operate(
     gain: Tensor | None = None,
     dropout: float = 0.0,
     token_core: TokenCore | None = None,
-    shared: SharedMember | None = None,
+    shared: "SharedMember | None" = None,
 ) -> Tensor:
     """The operation: y (..., out) for x (..., in), or for token ids at an embedding.
 

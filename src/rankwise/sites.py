@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rankwise.equation import SharedMember, Start, dense_update, operate
+from rankwise.equation import Start, dense_update, operate
 from rankwise.errors import TargetError, nearest
 from rankwise.gains import Gain
 from rankwise.recipe import Targets
+from rankwise.sharing import SharedMember
 from rankwise.storage import NF4Linear, Storage, storage_of
 from rankwise.storage.dense import is_conv1d
 from rankwise.storage.workspace import read_once

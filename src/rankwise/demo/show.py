@@ -5,7 +5,7 @@ from typing import Any
 
 from rankwise.demo import data_file
 
-ROWS = (3, 40)  # of the held-out rows, whose prompts are answered before and after
+ROWS = (8, 3)  # of the held-out rows, whose prompts are answered before and after
 TOKENS = 60
 
 
@@ -24,7 +24,8 @@ def run_demo(output: Path, console: Any) -> None:
     quiet()
     config = load_config(Path(__file__).with_name("demo.yaml"), [f"output={output}"])
     say(console, "A small base model that has read descriptions of Debian packages, but none of the sections games and science,")
-    say(console, f"learns to describe packages of these two. Everything is written to {output}.\n")
+    say(console, "learns to describe packages of these two, in the form of a Debian control file. Everything is written to")
+    say(console, f"{output}.\n")
     result = train(config, fresh=True, console=console, closing=False)
     opened = open_adapter(result.run.root)
     rows = data_file("test.jsonl").read_text(encoding="utf-8").splitlines()
@@ -44,5 +45,6 @@ def _show(console: Any, row: str, opened: Any, generate: Any) -> None:
     written = generate(opened, prompt, TOKENS, compare=True)
     console.rule("A package that was not trained on", align="left")
     say(console, f"Prompt   {prompt}")
-    say(console, f"Before   {' '.join(written['base'].split())}")
-    say(console, f"After    {' '.join(written['adapter'].split())}\n")
+    for name, text in (("Before", written["base"]), ("After", written["adapter"])):
+        say(console, f"{name}\n{text.rstrip()}")
+    say(console, "")
