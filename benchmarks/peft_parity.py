@@ -3,7 +3,7 @@
     python -m benchmarks.peft_parity --output benchmarks/results/peft_parity.json
 
 For LoRA, DoRA and PiSSA prints the held-out completion loss before and after training in both libraries and their relative
-difference. Both sides run in fp32 with plain AdamW and a linearly falling learning rate; PEFT gets rankwise's starting factors
+difference. Both sides run under bf16 autocast with plain AdamW and a linearly falling learning rate; PEFT gets rankwise's starting factors
 (for PiSSA also the residual weights).
 """
 
@@ -25,6 +25,7 @@ from rankwise.training.shapes import recognise
 from rankwise.training.tokenize import encode_rows
 
 Batches = list[dict[str, Tensor]]
+AUTOCAST = torch.autocast("cpu", torch.bfloat16)  # fp32 weights and masters, bf16 products, on both sides
 
 
 def batches(file: str, tokenizer: Any, size: int, epochs: int = 1, seed: int | None = None) -> Batches:
@@ -49,7 +50,8 @@ def held_out(model: nn.Module, data: Batches) -> float:
     total = count = 0.0
     for batch in data:
         tokens = int((batch["labels"][:, 1:] != -100).sum())
-        total += float(model(**batch).loss) * tokens
+        with AUTOCAST:
+            total += float(model(**batch).loss) * tokens
         count += tokens
     return total / count
 
@@ -59,7 +61,9 @@ def train(model: nn.Module, data: Batches, lr: float) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(data))
     for batch in data:
-        model(**batch).loss.backward()
+        with AUTOCAST:
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         falling.step()
         optimizer.zero_grad()

@@ -65,7 +65,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def train(model: nn.Module, steps: int = 3, lr: float = 2e-2) -> nn.Module:
     """A few AdamW steps, so that no factor is zero any more."""
-    optimizer = rw.optimizer(model, lr=lr)
+    optimizer = rw.optimizer(model, lr=lr, total_steps=steps)
     model.train()
     for step in range(steps):
         out = model(input_ids=IDS.roll(step, 1)).logits
@@ -114,6 +114,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "moslora": ("llama", _named("moslora"), "RANKWISE"),
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
+    "adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),
@@ -132,6 +133,9 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "dora with down frozen": ("llama", lambda: rw.recipes.lora_fa(rank=4, gain="dora"), "LORA"),
     "dora alone": ("llama", lambda: rw.recipes.propulsion(gain="dora"), "RANKWISE"),
     "dvora": ("llama", lambda: rw.recipes.vera(rank=24, gain="dora"), "RANKWISE"),
+    "dora over adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal", gain="dora"), "RANKWISE"),
+    "triplets of pissa": ("llama", lambda: rw.recipes.pissa(rank=4, update="adalora"), "RANKWISE"),
+    "triplets of pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, update="adalora", base="fold"), "RANKWISE"),
     "dora over moslora": ("llama", lambda: rw.recipes.moslora(rank=4, gain="dora"), "RANKWISE"),
     "propulsion over lora": ("llama", lambda: rw.recipes.lora(rank=4, gain="propulsion"), "RANKWISE"),
     "vera per shape": ("llama", lambda: rw.recipes.vera(rank=24, sharing="per-shape"), "RANKWISE"),
@@ -161,6 +165,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "gpt2 dora on pissa": ("gpt2", lambda: rw.recipes.pissa(rank=4, gain="dora"), "LORA"),
     "gpt2 pissa fold": ("gpt2", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "gpt2 vera": ("gpt2", lambda: rw.recipes.vera(rank=24), "VERA"),
+    "gpt2 adalora": ("gpt2", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
     "gpt2 moslora": ("gpt2", _named("moslora"), "RANKWISE"),
     "gpt2 tied embedding": ("gpt2", lambda: rw.recipes.lora(rank=4, targets=["wte", "c_attn"]), "LORA"),
     "embedding": ("llama", lambda: rw.recipes.lora(rank=4, targets=["embed_tokens", "q_proj", "lm_head"]), "LORA"),
@@ -177,6 +182,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
         "LORA",
     ),
     "bert vera classifier": ("bert", lambda: rw.recipes.vera(rank=24, modules_to_save=["classifier"]), "VERA"),
+    "bert adalora classifier": ("bert", lambda: rw.recipes.adalora(rank=4, start="orthonormal", modules_to_save=["classifier"]), "ADALORA"),
     "bert propulsion classifier": ("bert", lambda: rw.recipes.propulsion(modules_to_save=["classifier"]), "RANKWISE"),
 }
 

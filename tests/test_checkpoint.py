@@ -251,7 +251,7 @@ def test_save_projection_needs_projections(tmp_path: Path) -> None:
 def test_a_run_resumes_bit_for_bit(case: str, way: str, tmp_path: Path) -> None:
     name, recipe, _ = CASES[case]
     whole = rw.adapt(base(name), recipe())
-    optimizer = rw.optimizer(whole, lr=1e-2)
+    optimizer: Any = rw.optimizer(whole, lr=1e-2, total_steps=4)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, k: int) -> None:
         model.train()
@@ -264,12 +264,15 @@ def test_a_run_resumes_bit_for_bit(case: str, way: str, tmp_path: Path) -> None:
         step(whole, optimizer, k)
     rw.save(whole, tmp_path / "a")
     state, moments = trainable_state(whole), copy.deepcopy(optimizer.state_dict())
+    session, tensors = optimizer.rankwise_session.state(), {k: v.clone() for k, v in optimizer.rankwise_session.tensors().items()}
     for k in range(2, 4):
         step(whole, optimizer, k)
 
     resumed = rw.adapt(base(name), recipe()) if way == "adapt" else rw.load(base(name), tmp_path / "a")
+    again: Any = rw.optimizer(resumed, lr=1e-2, total_steps=4)
+    again.rankwise_session.restore(session)  # first: shapes follow the ranks
     load_trainable_state(resumed, state)
-    again = rw.optimizer(resumed, lr=1e-2)
+    again.rankwise_session.restore_tensors(tensors)
     again.load_state_dict(moments)
     for k in range(2, 4):
         step(resumed, again, k)

@@ -46,6 +46,8 @@ def test_pissa_keeps_alpha_at_the_rank() -> None:
         ("trian.lr=1", "did you mean 'train'"),
         ("train.lrr=1", "did you mean 'train.lr'"),
         ("lr=1", "did you mean 'train.lr'"),
+        ("learning_rate=1", "here it is called 'train.lr'"),
+        ("lora_alpha=1", "here it is called 'alpha'"),
         ("gain=dora", "write method.gain"),
         ("data.tran=x", "did you mean 'data.train'"),
         ("method=lroa", "did you mean 'lora'"),

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.errors import RecipeError, TrainingError
 from rankwise.gradients import GradientRule
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
 from rankwise.sites import adapted_sites
@@ -138,3 +140,101 @@ def test_state_travels_through_tensors() -> None:
     _, other = adapted(schedule=Watching())
     other.rankwise_session.restore_tensors(tensors)  # type: ignore[attr-defined]
     assert other.rankwise_session.running["schedule"].count == 2  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Shrinking(Schedule):
+    """Keeps ranks 0 and 2 after the third step."""
+
+    name: ClassVar[str] = "shrinking"
+    changes_ranks: ClassVar[bool] = True
+
+    def begin(self, model: nn.Module) -> Running:
+        return Shrink()
+
+    def decay(self, role: str) -> float:
+        return 0.5 if role == "up" else 1.0
+
+
+class Shrink(Running):
+    total: int | None = -1
+
+    def expect(self, total_steps: int | None) -> None:
+        self.total = total_steps
+
+    def on(self, event: Event, moment: Moment) -> Change | None:
+        return Change(ranks={"layer": torch.tensor([0, 2])}) if event == "step" and moment.step == 3 else None
+
+
+@pytest.mark.parametrize("update", ["lora", "moslora"])
+def test_ranks_are_cut_for_any_update_and_training_goes_on(update: str) -> None:
+    """MoSLoRA's mixer has two dimensions of the rank: both are cut."""
+    model, optimizer = adapted(schedule=Shrinking(), update=update)
+    for _ in range(2):
+        step(model, optimizer)
+    part: Any = adapted_sites(model)["layer"].update
+    model(torch.randn(4, 6)).square().sum().backward()
+    moments = {name: (p, optimizer.state[p]["exp_avg"]) for name, p in part.named_parameters()}
+    optimizer.step()
+    assert adapted_sites(model)["layer"].site.rank == 2
+    assert [tuple(p.shape) for p in part.parameters()] == [(2, 6), (5, 2), *([(2, 2)] if update == "moslora" else [])]
+    assert {id(p) for p in optimizer.state} == {id(p) for p in part.parameters()}
+    for name, p in part.named_parameters():
+        was, full = moments[name]  # the moment tensor is updated in place by the step, then cut
+        for dim, size in enumerate(was.shape):
+            if p.shape[dim] != size:
+                full = full.index_select(dim, torch.tensor([0, 2]))
+        assert torch.equal(optimizer.state[p]["exp_avg"], full)
+    before = {name: p.detach().clone() for name, p in part.named_parameters()}
+    optimizer.zero_grad()
+    step(model, optimizer)
+    assert all(not torch.equal(p, before[name]) for name, p in part.named_parameters())
+    # what a resumed run takes up: the ranks first
+    state = optimizer.rankwise_session.state()  # type: ignore[attr-defined]
+    assert state["ranks"] == {"layer": 2}
+    again, other = adapted(schedule=Shrinking(), update=update)
+    other.rankwise_session.restore(state)  # type: ignore[attr-defined]
+    assert again.rankwise.plan.sites[0].rank == 2
+    assert {id(p) for g in other.param_groups for p in g["params"]} == {id(p) for p in again.parameters() if p.requires_grad}
+
+
+def test_a_state_in_blocks_begins_anew_when_its_parameter_is_cut() -> None:
+    model, optimizer = adapted(schedule=Shrinking())
+    for _ in range(2):
+        step(model, optimizer)
+    part: Any = adapted_sites(model)["layer"].update
+    optimizer.state[part.down]["absmax1"] = torch.ones(7)  # as an 8-bit optimizer keeps it: blocks across rows and columns
+    model(torch.randn(4, 6)).square().sum().backward()
+    optimizer.step()
+    assert part.down not in optimizer.state
+    assert optimizer.state[part.up]["exp_avg"].shape == (5, 2)
+
+
+def test_a_start_that_is_subtracted_cannot_be_cut() -> None:
+    model, optimizer = adapted(schedule=Shrinking(), init="pissa")
+    for _ in range(2):
+        step(model, optimizer)
+    with pytest.raises(RecipeError, match="layer has no factors or a start of its own, so its rank cannot change"):
+        step(model, optimizer)
+
+
+def test_the_schedule_hears_of_the_runs_length_and_scales_decay() -> None:
+    model, _ = adapted(schedule=Shrinking())
+    optimizer: Any = rw.optimizer(model, lr=1e-2, weight_decay=0.1, total_steps=17)
+    assert optimizer.rankwise_session.running["schedule"].total == 17
+    assert rw.optimizer(model).rankwise_session.running["schedule"].total is None  # type: ignore[attr-defined]
+    seen: dict[str, float] = {}
+    optimizer.register_step_pre_hook(lambda made, *_: seen.update({group["role"]: group["weight_decay"] for group in made.param_groups}))
+    step(model, optimizer)
+    assert seen == {"down": 0.1, "up": 0.05}
+    assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
+
+
+def test_scaled_gradients_do_not_reach_a_schedule() -> None:
+    model, optimizer = adapted(schedule=Watching())
+    optimizer.grad_scale = torch.tensor(1024.0)  # type: ignore[attr-defined]  what GradScaler.step sets for a fused optimizer
+    with pytest.raises(TrainingError, match="unscale_"):
+        step(model, optimizer)
+    _, plain = adapted()
+    plain.grad_scale = None  # type: ignore[attr-defined]
+    plain.step()

@@ -75,9 +75,9 @@ def test_every_trained_tensor_is_in_exactly_one_group(name: str, foreign: bool) 
         recipe = recipe.replace(gradient="lora-plus")
     model = rw.adapt(Classifier(), recipe)
     if foreign:  # a foreign optimizer is regrouped in place
-        optimizer = rw.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR))
+        optimizer = rw.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR), total_steps=10)
     else:
-        optimizer = rw.optimizer(model, lr=LR)
+        optimizer = rw.optimizer(model, lr=LR, total_steps=10)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all(group["params"] for group in optimizer.param_groups)

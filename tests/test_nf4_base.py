@@ -176,6 +176,15 @@ def test_gpt2_is_held_the_right_way_round() -> None:
     assert torch.allclose(logits(model, ids), on, atol=1e-4)
 
 
+def test_a_final_merge_leaves_no_layer_in_4_bits() -> None:
+    """Also those without an adapter: what is saved then is an ordinary checkpoint."""
+    model, ids = perturb(rw.adapt(llama(), nf4(targets=["q_proj"]))), token_ids()
+    want = logits(model, ids)
+    rw.merge(model, keep_base=False)
+    assert torch.allclose(logits(model, ids), want, atol=1e-4)
+    assert model.state_dict().keys() == llama().state_dict().keys()
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,8 @@ def peft_load(name: str, folder: Path) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base(name), folder)
-    said = [str(w.message) for w in caught]
+    # PEFT warns of the patterns of every AdaLoRA file, its own included: their keys name tensors, and it looks for modules
+    said = [str(w.message) for w in caught if "lora_E" not in str(w.message)]
     assert not [text for text in said if not any(known in text for known in EXPECTED_WARNINGS)]
     return model.eval()
 
@@ -72,7 +73,7 @@ def test_peft_computes_the_same_or_refuses(case: str, tmp_path: Path) -> None:
                 reader()
         return
     assert not any(note.startswith("PEFT refuses") for note in notes)
-    kind = LoraConfig if peft_type == "LORA" else VeraConfig
+    kind = {"LORA": LoraConfig, "VERA": VeraConfig, "ADALORA": AdaLoraConfig}[peft_type]
     assert set(config) == {field.name for field in dataclasses.fields(kind)} - {"runtime_config"}
     theirs = peft_load(name, tmp_path / "a")
     assert relative(logits(theirs), logits(model)) < TOLERANCE

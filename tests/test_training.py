@@ -146,7 +146,16 @@ def test_checkpoints_hold_what_trains_and_never_the_base(world: Path, tmp_path: 
     checkpoint = result.run.checkpoints / "checkpoint-5"
     names = sorted(path.name for path in checkpoint.iterdir())
     assert names == sorted(
-        ["adapter", "optimizer.pt", "rng_state.pth", "scheduler.pt", "session.json", "trainable.safetensors", "trainer_state.json"]
+        [
+            "adapter",
+            "optimizer.pt",
+            "rng_state.pth",
+            "scheduler.pt",
+            "session.json",
+            "session.safetensors",
+            "trainable.safetensors",
+            "trainer_state.json",
+        ]
     )
     for file in (checkpoint / "trainable.safetensors", checkpoint / "adapter/adapter_model.safetensors"):
         assert not [key for key in load_file(file) if "embeddings" in key or "base_layer" in key]

@@ -18,7 +18,7 @@ from rankwise.recipe import Recipe
 from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
-from rankwise.storage.nf4 import NF4Storage
+from rankwise.storage.nf4 import NF4Linear, NF4Storage
 from rankwise.updates import Site
 
 
@@ -291,7 +291,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     Args:
         model: an adapted model.
         keep_base: keep the base weights on the CPU, so that `unmerge`, `disabled` and `unadapt` give them back bit for bit. False takes the
-            adapters off: what returns is a plain model with merged weights.
+            adapters off: what returns is a plain model with merged weights, no layer of it in 4 bits.
 
     Raises:
         TargetError: an update depends on the token, or the base cannot be written.
@@ -315,6 +315,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     if not keep_base:
         for name, module in sites.items():
             _replace(model, name, module.base_layer)
+        for name, held in [(name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear)]:
+            _replace(model, name, held.storage.replaced(held, held.dense_weight()))  # layers without an adapter: one dtype throughout
         for name, trained in trained_modules(model).items():
             dtype = next(trained.base_layer.parameters()).dtype
             _replace(model, name, trained.trained.to(dtype))

@@ -78,6 +78,11 @@ ABOUT: dict[str, About] = {
         "Take it when next to nothing may be trained.",
         "Trains out numbers a site; merged it costs nothing.",
     ),
+    "adalora": About(
+        "Singular triplets start everywhere at the same rank, and those that matter least to the loss are pruned over the whole model.",
+        "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
+        "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
+    ),
 }
 
 

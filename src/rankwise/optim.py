@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
 from rankwise.gradients import GradientRule
-from rankwise.schedules import Change, Event, Moment, Running
+from rankwise.resizing import resize
+from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
 from rankwise.sites import AdaptedLinear, adapted_sites
 
 
@@ -40,7 +41,12 @@ def groups_of(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[di
 
 
 def optimizer(
-    model: nn.Module, lr: float | None = None, weight_decay: float = 0.0, kind: Callable[..., Optimizer] = torch.optim.AdamW, **options: Any
+    model: nn.Module,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    kind: Callable[..., Optimizer] = torch.optim.AdamW,
+    total_steps: int | None = None,
+    **options: Any,
 ) -> Optimizer:
     """An optimizer over what trains, grouped by role, that fires rankwise's events.
 
@@ -49,20 +55,22 @@ def optimizer(
         lr: learning rate; None takes the recipe's own.
         weight_decay: decoupled decay of every role, before the gradient rule scales it.
         kind: any optimizer class that takes parameter groups, lr and weight_decay.
+        total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
         **options: passed on to it. Plain AdamW runs fused unless told otherwise.
     """
     lr = adapted(model).recipe.lr if lr is None else lr
     if kind is torch.optim.AdamW:
         options.setdefault("fused", True)
     made = kind(groups_of(model, lr, weight_decay), lr=lr, weight_decay=weight_decay, **options)
-    return attach(model, made)
+    return attach(model, made, total_steps)
 
 
-def attach(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Optimizer:
     """Gives an optimizer rankwise's hooks: regroups its parameters by role, and fires `backward` before and `step` after each step.
 
     Raises:
-        TrainingError: the optimizer misses parameters that train, or holds frozen ones of the base.
+        TrainingError: the optimizer misses parameters that train, or holds frozen ones of the base; total_steps is missing where the
+            recipe's schedule must know it.
     """
     roles = {id(parameter): role for role, parameter in roles_of(model).values()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -70,7 +78,7 @@ def attach(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     if missing:
         raise TrainingError(f"the optimizer does not hold {len(missing)} parameters that train, such as {missing[0]}; make it after adapt")
     _regroup(optimizer, roles)
-    Session(model, optimizer)
+    Session(model, optimizer, total_steps)
     return optimizer
 
 
@@ -92,16 +100,23 @@ _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDi
 class Session:
     """The hooks of one optimizer over one adapted model. Holds no closures on parameters that could be copied with the model."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> None:
         record = adapted(model)
-        self.model = weakref.ref(model)
+        self.model, self.optimizer = weakref.ref(model), weakref.ref(optimizer)
         self.rule: GradientRule = record.recipe.gradient
+        self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
-        self.waiting = {name: module for name, module in adapted_sites(model).items() if any(p.requires_grad for p in module.parameters())}
+        for running in self.running.values():
+            running.expect(total_steps)
+        self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
         self._before: list[tuple[dict[str, Any], Any, Any]] = []
         self.handles: list[Any] = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
+        self._transform(model)
+        optimizer.rankwise_session = self  # type: ignore[attr-defined]
+
+    def _transform(self, model: nn.Module) -> None:
         # a second optimizer of the same model must not transform gradients twice
         for handle in _TRANSFORMS.pop(model, []):
             handle.remove()
@@ -114,7 +129,6 @@ class Session:
                         transforms.append(getattr(module.update, name).register_hook(transform))
         _TRANSFORMS[model] = transforms
         self.handles.extend(transforms)
-        optimizer.rankwise_session = self  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -122,11 +136,19 @@ class Session:
             handle.remove()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the hooks to go on where they were: finished steps, sites still without a gradient."""
-        return {"steps": self.steps, "waiting": list(self.waiting)}
+        """What a checkpoint must hold for the hooks to go on where they were: finished steps, sites still without a gradient, and the
+        ranks where a schedule changes them."""
+        state: dict[str, Any] = {"steps": self.steps, "waiting": list(self.waiting)}
+        if self.schedule.changes_ranks and (model := self.model()) is not None:
+            state["ranks"] = {name: module.site.rank for name, module in adapted_sites(model).items()}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` gave."""
+        """Takes up what `state` gave. Called before the model's own state is loaded, whose shapes follow the ranks."""
+        if (model := self.model()) is not None and (optimizer := self.optimizer()) is not None:
+            sites, ranks = adapted_sites(model), state.get("ranks", {})
+            cut = {name: torch.arange(rank) for name, rank in ranks.items() if rank < sites[name].site.rank}
+            self._apply(Change(ranks=cut), model, optimizer)
         self.steps = int(state["steps"])
         self.waiting = {name: module for name, module in self.waiting.items() if name in state["waiting"]}
 
@@ -147,11 +169,22 @@ class Session:
         """Calls the gradient rule and the schedule, and brings the optimizer in line with what they changed."""
         for running in self.running.values():
             change = running.on(event, Moment(self.steps, optimizer))
-            if change is not None:
-                _apply(change, optimizer)
+            if change is not None and (model := self.model()) is not None:
+                self._apply(change, model, optimizer)
+
+    def _apply(self, change: Change, model: nn.Module, optimizer: Optimizer) -> None:
+        cuts = [*change.sliced, *(resize(model, change.ranks) if change.ranks else ())]
+        _follow(optimizer, change.reset, cuts)
+        if cuts:
+            self._transform(model)  # hooks stand on the parameters that were replaced
 
     def _pre(self, optimizer: Optimizer, *_: Any) -> None:
         self._note_gradients()
+        if self.running and getattr(optimizer, "grad_scale", None) is not None:
+            raise TrainingError(
+                "the gradients are still multiplied by a GradScaler's scale, which the recipe's schedule or gradient rule would take for "
+                "their size; call scaler.unscale_(optimizer) before scaler.step(optimizer), or train in bf16"
+            )
         self.fire("backward", optimizer)
         # Multipliers act at step time and are taken back after it: schedulers and checkpoints only ever see the base rate.
         self._before = [(group, group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
@@ -159,7 +192,7 @@ class Session:
             role = group.get("role", "other")
             if (rate := self.rule.rate(role)) != 1.0:
                 group["lr"] = lr * rate
-            if decay and (factor := self.rule.decay(role)) != 1.0:
+            if decay and (factor := self.rule.decay(role) * self.schedule.decay(role)) != 1.0:
                 group["weight_decay"] = decay * factor
 
     def _post(self, optimizer: Optimizer, *_: Any) -> None:
@@ -185,18 +218,28 @@ class Session:
             )
 
 
-def _apply(change: Change, optimizer: Optimizer) -> None:
-    for parameter in change.reset:
+def _follow(optimizer: Optimizer, reset: Sequence[nn.Parameter], sliced: Sequence[Sliced]) -> None:
+    for parameter in reset:
         optimizer.state.pop(parameter, None)
-    for cut in change.sliced:
+    for cut in sliced:
         state = optimizer.state.pop(cut.was, None)
-        if state is not None:
+        # a state in blocks of its own (8-bit moments) cannot be cut along a dimension: it begins anew
+        if state is not None and all(value.numel() == 1 or value.shape == cut.was.shape for value in _tensors(state)):
             optimizer.state[cut.now] = {
                 key: value.index_select(cut.dim, cut.index) if isinstance(value, Tensor) and value.shape == cut.was.shape else value
                 for key, value in state.items()
             }
         for group in optimizer.param_groups:
             group["params"] = [cut.now if parameter is cut.was else parameter for parameter in group["params"]]
+
+
+def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
+
+
+def _trains(module: AdaptedLinear) -> bool:
+    """Whether a site has anything to train; a schedule may have left it with rank 0."""
+    return any(p.requires_grad and p.numel() for p in module.parameters())
 
 
 def _has_gradient(module: AdaptedLinear) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -144,6 +144,11 @@ class Plan:
             branch += site.rank * (inner * site.in_features + outer * site.out_features)
         return {"frozen base": base, "branch": branch}
 
+    def resized(self, ranks: Mapping[str, int]) -> "Plan":
+        """The same plan with other ranks at some sites, by name; their scaling stays."""
+        sites = [replace(site, rank=ranks.get(site.name, site.rank)) for site in self.sites]
+        return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total))
+
     def __str__(self) -> str:
         from rankwise.report import plan_text
 
@@ -208,6 +213,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             if not any(matches(pattern, site.name) for site in sites):
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
+    recipe.schedule.check(sites)
     if recipe.base == "fold":
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.gain.name == "propulsion" and any(site.has_bias for site in sites):

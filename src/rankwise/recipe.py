@@ -246,10 +246,11 @@ LEGALITY: tuple[Forbidden, ...] = (
         "update=none", "gain=none", "nothing would train; choose an update or a gain", _both(_is("update", "none"), _is("gain", "none"))
     ),
     Forbidden(
-        "an update with a start of its own (vera, none)",
-        "an init other than own",
-        "VeRA's vectors have a fixed start and its pair is the shared pool, and a gain alone has nothing to start; use init='own'",
-        lambda recipe: recipe.update.own_start and not recipe.init.own,
+        "an update with a start of its own (vera, adalora, none)",
+        "an init that it cannot take",
+        "VeRA's vectors have a fixed start and its pair is the shared pool, AdaLoRA's triplets start at singular values of zero or with "
+        "an init that moves the base, and a gain alone has nothing to start; use init='own'",
+        lambda recipe: recipe.update.own_start and not recipe.init.own and not (recipe.update.absorbs_start and _moves(recipe)),
     ),
     Forbidden(
         "an update made of a pair (lora, moslora)",
@@ -286,6 +287,24 @@ LEGALITY: tuple[Forbidden, ...] = (
         "update=none",
         "there is no output-side factor whose rate could differ; use gradient='plain'",
         _both(_is("gradient", "lora-plus"), _is("update", "none")),
+    ),
+    Forbidden(
+        "schedule=adalora",
+        "update other than adalora",
+        "the budget counts singular triplets; use update='adalora' with init='own'",
+        _both(_is("schedule", "adalora"), lambda recipe: recipe.update.name != "adalora"),
+    ),
+    Forbidden(
+        "schedule=adalora",
+        "an init that moves the base",
+        "a triplet that is pruned would take its part of the pretrained weight with it; use init='own', or schedule='none'",
+        _both(_is("schedule", "adalora"), _moves),
+    ),
+    Forbidden(
+        "update=adalora with init=own",
+        "core frozen",
+        "the singular values start at zero and would stay there; unfreeze 'core' or use an init that moves the base",
+        _both(lambda recipe: recipe.update.name == "adalora" and recipe.init.own, _frozen("core")),
     ),
     Forbidden(
         "base=fold",

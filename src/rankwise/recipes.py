@@ -8,12 +8,14 @@ AdamW; a bracket is what is worth searching.
 from collections.abc import Callable
 from typing import Any, Literal
 
+from rankwise.errors import RecipeError
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, Plain
 from rankwise.inits import Kaiming, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
+from rankwise.schedules import AdaLoraBudget
 from rankwise.storage import NF4
-from rankwise.updates import Mixer, NoUpdate, Vera
+from rankwise.updates import Mixer, NoUpdate, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -96,6 +98,35 @@ def vera(d_initial: float = 0.1, pool_seed: int = 0, sharing: Literal["max-slice
     return _recipe(fields, name="vera", update=Vera(d_initial, pool_seed, sharing), init=Own(), lr=4e-3, lr_bracket=(1e-3, 5e-2))
 
 
+def adalora(
+    target_rank: int | None = None,
+    init_rank: int | None = None,
+    tinit: int | None = None,
+    tfinal: int | None = None,
+    interval: int | None = None,
+    total_steps: int | None = None,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    gamma: float = 0.1,
+    orthogonality: Literal["fro_mean", "fro2_sum"] = "fro_mean",
+    sensitivity: Literal["after", "before"] = "after",
+    start: Literal["gaussian", "orthonormal"] = "gaussian",
+    compact: bool = True,
+    **fields: Any,
+) -> Recipe:
+    """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): singular triplets, pruned from `init_rank` to `target_rank` a site on average.
+
+    `init_rank` is the recipe's rank, 1.5 times the target unless it is given. The steps of the run must be known: `rankwise.optimizer(...,
+    total_steps=...)` outside of `rankwise train`.
+    """
+    if init_rank is not None and fields.setdefault("rank", init_rank) != init_rank:
+        raise RecipeError(f"init_rank={init_rank} and rank={fields['rank']} say the same thing twice; remove one")
+    target = target_rank if target_rank is not None else 8 if "rank" not in fields else max(1, fields["rank"] * 2 // 3)
+    fields.setdefault("rank", (3 * target + 1) // 2)
+    schedule = AdaLoraBudget(target, tinit, tfinal, interval, total_steps, beta1, beta2, gamma, orthogonality, sensitivity, compact)
+    return _recipe(fields, name="adalora", update=Svd(start), init=Own(), schedule=schedule, lr=1e-3, lr_bracket=(2e-4, 5e-3))
+
+
 def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
@@ -114,4 +145,5 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "moslora": moslora,
     "vera": vera,
     "propulsion": propulsion,
+    "adalora": adalora,
 }

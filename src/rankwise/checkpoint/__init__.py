@@ -2,7 +2,8 @@
 
 from rankwise.checkpoint.atomic import write_file, write_folder
 from rankwise.checkpoint.loading import load
+from rankwise.checkpoint.portable import export_lora
 from rankwise.checkpoint.saving import save
 from rankwise.checkpoint.state import load_trainable_state, trainable_state
 
-__all__ = ["load", "load_trainable_state", "save", "trainable_state", "write_file", "write_folder"]
+__all__ = ["export_lora", "load", "load_trainable_state", "save", "trainable_state", "write_file", "write_folder"]

@@ -22,6 +22,7 @@ from rankwise.errors import CheckpointError, RecipeError, TargetError
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
 from rankwise.sites import trained_modules
+from rankwise.updates import UPDATES
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         )
     _check_fields(folder / NATIVE_FILE, about)
     peft_type = about["peft_type"]
-    if peft_type not in ("LORA", "VERA", NATIVE):
-        raise CheckpointError(f"{folder / NATIVE_FILE} has peft_type={peft_type!r}, which is unknown; use LORA, VERA or {NATIVE}")
+    known = sorted({NATIVE, *(choice.peft_type for choice in UPDATES.values() if choice.peft_type)})
+    if peft_type not in known:
+        raise CheckpointError(f"{folder / NATIVE_FILE} has peft_type={peft_type!r}, which is unknown; use {', '.join(known)}")
     if config.get("peft_type") != peft_type:
         raise CheckpointError(
             f"{CONFIG} says peft_type={config.get('peft_type')!r} and {NATIVE_FILE} says {peft_type!r}: {folder} holds files of two "
@@ -146,7 +148,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = plan(base, recipe)
+    made = _with_saved_ranks(plan(base, recipe), about)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -169,6 +171,14 @@ def _check_fields(path: Path, about: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} must be a {wanted}, and is {about[name]!r}; copy or save the adapter again")
     if not all(isinstance(site, dict) for site in about["sites"].values()):
         raise CheckpointError(f"{path}: sites must be a dict of dicts; copy or save the adapter again")
+
+
+def _with_saved_ranks(made: Plan, about: Mapping[str, Any]) -> Plan:
+    """The plan with the ranks that a schedule has left; any other difference is for `_compare_plan` to refuse."""
+    if not made.recipe.schedule.changes_ranks:
+        return made
+    saved = {site.name: about["sites"].get(site.name, {}).get("rank") for site in made.sites}
+    return made.resized({site.name: rank for site in made.sites if type(rank := saved[site.name]) is int and 0 <= rank < site.rank})
 
 
 def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:

@@ -59,6 +59,20 @@ VERA_DEFAULTS: dict[str, Any] = _COMMON | {
     "vera_dropout": 0.0,
 }
 
+ADALORA_DEFAULTS: dict[str, Any] = LORA_DEFAULTS | {
+    "peft_type": "ADALORA",
+    "beta1": 0.85,
+    "beta2": 0.85,
+    "deltaT": 1,
+    "init_r": 12,
+    "orth_reg_weight": 0.5,
+    "rank_pattern": None,
+    "target_r": 8,
+    "tfinal": 0,
+    "tinit": 0,
+    "total_step": None,
+}
+
 #: read, and taken over into the recipe
 READ: dict[str, frozenset[str]] = {
     "LORA": frozenset({

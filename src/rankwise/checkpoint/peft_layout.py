@@ -5,6 +5,7 @@ What is written gives equal logits when PEFT loads it, or PEFT refuses it. Three
     LORA       update 'lora' with gain none or dora. A start (up0, down0) makes it a plain LoRA of twice the rank on the untouched base:
                lora_A = [down; down0] (2 rank, in),  lora_B = [up, -up0] (out, 2 rank),  alpha doubled (times sqrt 2 for rsLoRA)
     VERA       update 'vera' without gain, one pool pair cut by PEFT's rule
+    ADALORA    update 'adalora' without gain, one scaling for all sites; ranks may differ
     RANKWISE   everything else: the tensors of all slots under their own keys; an unknown type, which PEFT refuses
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from rankwise.adapting import Adapted, Stored
 from rankwise.checkpoint.naming import peft_patterns, shortest
-from rankwise.checkpoint.peft_fields import LORA_DEFAULTS, VERA_DEFAULTS
+from rankwise.checkpoint.peft_fields import ADALORA_DEFAULTS, LORA_DEFAULTS, VERA_DEFAULTS
 from rankwise.equation import Start
 from rankwise.planning import Plan
 from rankwise.preparing import needs_dense
@@ -49,18 +50,17 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
     """
     recipe, sites = record.recipe, record.plan.sites
     heads = [name for name, _ in record.plan.trained_modules]
-    wanted = {"lora": "LORA", "vera": "VERA"}.get(recipe.update.name)
+    wanted = recipe.update.peft_type
     if wanted is None or recipe.routing.name != "none":
         return NATIVE, f"PEFT has no form of update={recipe.update.name!r} with routing={recipe.routing.name!r}"
     if heads and peft_heads(heads, names) is None:
         return NATIVE, f"PEFT's modules_to_save cannot name {', '.join(heads)} without other modules"
     if recipe.gain.name not in (("none", "dora") if wanted == "LORA" else ("none",)):
         return NATIVE, f"PEFT has no gain={recipe.gain.name!r} over update={recipe.update.name!r}"
-    if wanted == "VERA":
-        if getattr(recipe.update, "sharing", None) != "max-slice":
-            return NATIVE, "PEFT's VeRA cuts all sites out of one pair (sharing='max-slice')"
-        if len({site.rank for site in sites}) > 1:
-            return NATIVE, "PEFT's VeRA has one rank for all sites"
+    if recipe.init.moves_base and wanted != "LORA":
+        return NATIVE, f"PEFT has no start of its own over update={recipe.update.name!r}"
+    if reason := recipe.update.peft_reason(sites):
+        return NATIVE, reason
     if record.plan.held and needs_dense(recipe):
         return NATIVE, "the base's 4-bit form is made here, of a residual or with the lengths of the original rows, and PEFT cannot make it"
     for name, module in adapted_sites(model).items():
@@ -153,14 +153,10 @@ def config_of(model: nn.Module, plan: Plan, peft_type: str, names: Collection[st
         "fan_in_fan_out": any(site.kind == "conv1d" for site in plan.sites),
     }
     if peft_type == "VERA":
-        choice: Any = recipe.update
-        return VERA_DEFAULTS | common | {
-            "r": plan.sites[0].rank,
-            "d_initial": choice.d_initial,
-            "projection_prng_key": choice.seed,
-            "save_projection": save_projection,
-            "vera_dropout": recipe.dropout,
-        }  # fmt: skip
+        common |= {"save_projection": save_projection, "vera_dropout": recipe.dropout}
+        return VERA_DEFAULTS | common | recipe.update.peft_fields(plan.sites, recipe.rank)
+    if peft_type == "ADALORA":
+        return ADALORA_DEFAULTS | common | {"lora_dropout": recipe.dropout} | recipe.update.peft_fields(plan.sites, recipe.rank)
     stacked = is_stacked(recipe, peft_type)
     longer = 1.0 if not stacked else 2.0 if recipe.scaling == "lora" else math.sqrt(2)
     ranks = {site.name: site.rank * (2 if stacked else 1) for site in plan.sites}

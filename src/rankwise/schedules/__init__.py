@@ -1,8 +1,9 @@
 """Schedule axis: when do rank, mask, subspace or structure change?"""
 
+from rankwise.schedules.adalora import AdaLoraBudget
 from rankwise.schedules.base import Change, Event, Moment, Running, Schedule, Sliced
 from rankwise.schedules.none import Constant
 
-SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant,)}
+SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget)}
 
-__all__ = ["SCHEDULES", "Change", "Constant", "Event", "Moment", "Running", "Schedule", "Sliced"]
+__all__ = ["SCHEDULES", "AdaLoraBudget", "Change", "Constant", "Event", "Moment", "Running", "Schedule", "Sliced"]

@@ -7,10 +7,13 @@ session acts on it.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from rankwise.updates import Site
 
 Event = Literal["calibrated", "backward", "step", "epoch", "task"]
 
@@ -30,10 +33,12 @@ class Change:
     """What was changed at an event.
 
     reset: parameters whose optimizer state must be forgotten. sliced: parameters that were replaced by parts of themselves.
+    ranks: site name -> positions of the ranks that stay, to be cut by the session (`resizing.resize`), optimizer state and all.
     """
 
     reset: Sequence[nn.Parameter] = field(default=())
     sliced: Sequence[Sliced] = field(default=())
+    ranks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,14 @@ class Running(ABC):
     @abstractmethod
     def on(self, event: Event, moment: Moment) -> Change | None:
         """Called with 'backward' when the gradients of a step are final, with 'step' after the step, and so on."""
+
+    def expect(self, total_steps: int | None) -> None:
+        """Called once before the first event: how many steps the run will take, None where nobody said.
+
+        Raises:
+            TrainingError: it must be known here.
+        """
+        return
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run must have, counters included, as tensors by name."""
@@ -68,6 +81,16 @@ class Schedule(ABC):
     """Abstract: one value of the schedule axis. Final subclasses are frozen dataclasses of options."""
 
     name: ClassVar[str]
+    #: whether ranks may change while training, so that a saved adapter may hold fewer than its recipe says
+    changes_ranks: ClassVar[bool] = False
+
+    def check(self, sites: "Sequence[Site]") -> None:
+        """Raises RecipeError where the options do not fit these sites; called by `plan`."""
+        return
+
+    def decay(self, role: str) -> float:
+        """What the weight decay of a role is multiplied by, beside what the gradient rule says."""
+        return 1.0
 
     @abstractmethod
     def begin(self, model: nn.Module) -> Running | None:

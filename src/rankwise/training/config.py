@@ -131,6 +131,29 @@ def _first_problem(error: ValidationError, where: str) -> str:
     return f"{where}: {name}={first.get('input')!r} is not valid: {message}"
 
 
+# What the same thing is called elsewhere.
+_ELSEWHERE = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "output_dir": "output",
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_checkpointing": "train.checkpointing",
+    "max_seq_length": "train.max_length",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_steps": "train.warmup",
+}
+
+
 def _nearest_key(name: str) -> str:
     import dataclasses
 
@@ -138,6 +161,8 @@ def _nearest_key(name: str) -> str:
 
     known = ["train", *keys(), *(f"data.{key}" for key in DataConfig.model_fields)]
     last = name.rpartition(".")[2]
+    if last in _ELSEWHERE:
+        return f"; here it is called {_ELSEWHERE[last]!r}"
     # the right word under the wrong parent is the commonest slip
     misplaced = [key for key in known if key.rpartition(".")[2] == last]
     if misplaced:

@@ -127,7 +127,7 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     found = run.checkpoint()
     if found:
         say(console, f"Resuming {run.root} from its checkpoint at step {found[1]} of {steps}")
-    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay)
+    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps)
     with Progress(console, steps) as progress:
         recorder = Recorder(run, found[1] if found else 0, progress)
         trainer = _trainer(config, run, data, loaded, optimizer, steps)

@@ -174,8 +174,8 @@ class RankwiseTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        self.session.restore(json.loads((folder / SESSION).read_text(encoding="utf-8")))  # first: the shapes follow the ranks
         load_trainable_state(cast(nn.Module, model or self.model), load_file(folder / TRAINABLE))
-        self.session.restore(json.loads((folder / SESSION).read_text(encoding="utf-8")))
         self.session.restore_tensors(load_file(folder / SESSION_TENSORS))
 
 

@@ -107,6 +107,10 @@ class UpdateChoice(ABC):
     roles: ClassVar[frozenset[str]]
     #: whether the update brings its own starting values, so that an init has no say
     own_start: ClassVar[bool] = False
+    #: whether it can take the pair of an init that moves the base all the same
+    absorbs_start: ClassVar[bool] = False
+    #: PEFT's type whose files the slots fill, None where PEFT has no such method
+    peft_type: ClassVar[str | None] = None
     #: roles that this update never trains
     frozen: ClassVar[frozenset[str]] = frozenset()
     #: whether alpha / rank applies
@@ -121,6 +125,14 @@ class UpdateChoice(ABC):
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
         """The tensors that one site owns."""
+
+    def peft_reason(self, sites: Sequence[Site]) -> str:
+        """Why a file of `peft_type` cannot hold these sites; empty where it can."""
+        return ""
+
+    def peft_fields(self, sites: Sequence[Site], rank: int) -> dict[str, Any]:
+        """The fields of PEFT's adapter_config.json that are this update's own; `rank` is the recipe's."""
+        return {}
 
     def shared(self, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         """Tensors that all sites share, made once for the model; None where there are none."""

@@ -45,6 +45,7 @@ class LowRank(UpdateChoice):
     name: ClassVar[str] = "lora"
     module: ClassVar[Any] = LowRankUpdate
     roles: ClassVar[frozenset[str]] = frozenset({"down", "up"})
+    peft_type: ClassVar[str | None] = "LORA"
 
     def slots(self, site: Site) -> dict[str, Slot]:
         return lora_slots(site)

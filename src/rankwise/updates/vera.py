@@ -121,6 +121,7 @@ class Vera(UpdateChoice):
     scaled: ClassVar[bool] = False
     rank_bounded: ClassVar[bool] = False
     shares_down: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "VERA"
     d_initial: float = 0.1
     seed: int = 0
     sharing: Literal["max-slice", "per-shape"] = "max-slice"
@@ -130,6 +131,14 @@ class Vera(UpdateChoice):
             "d": Slot("core", (site.rank,), "vera_lambda_d"),
             "b": Slot("tail", (site.out_features,), "vera_lambda_b"),
         }
+
+    def peft_reason(self, sites: Sequence[Site]) -> str:
+        if self.sharing != "max-slice":
+            return "PEFT's VeRA cuts all sites out of one pair (sharing='max-slice')"
+        return "PEFT's VeRA has one rank for all sites" if len({site.rank for site in sites}) > 1 else ""
+
+    def peft_fields(self, sites: Sequence[Site], rank: int) -> dict[str, Any]:
+        return {"r": sites[0].rank, "d_initial": self.d_initial, "projection_prng_key": self.seed}
 
     def shared(self, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> nn.Module:
         return Pool(sites, self, device, dtype)

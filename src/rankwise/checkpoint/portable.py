@@ -1,0 +1,88 @@
+"""Any constant update as a plain LoRA of PEFT's layout: what stands left of `down` goes into lora_B, so that the scaling is 1.
+
+    lora_A = down (k, in),  lora_B = scaling * diag(tail) @ up @ core (out, k);  with a start [A; A0], [B, -B0] and k = 2 rank
+
+Ranks differ from site to site where the method's do (AdaLoRA); a site of rank 0 is left out.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankwise.adapting import adapted
+from rankwise.checkpoint.atomic import write_folder
+from rankwise.checkpoint.naming import base_names, peft_patterns
+from rankwise.checkpoint.peft_fields import LORA_DEFAULTS
+from rankwise.checkpoint.peft_layout import PREFIX, peft_heads, peft_targets, task_type
+from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS, _write_json
+from rankwise.equation import stacked
+from rankwise.errors import CheckpointError
+from rankwise.sites import AdaptedLinear, adapted_sites, trained_modules
+from rankwise.updates import lora_slots
+
+
+@torch.no_grad()
+def export_lora(model: nn.Module, folder: str | Path) -> Path:
+    """Writes the adapter as a plain LoRA, which PEFT and other software load; it computes what the model computes.
+
+    Args:
+        model: an adapted model. An update over a folded start is written against the original base.
+        folder: where to; made if needed, replaced as a whole. Not a folder that `save` wrote.
+
+    Raises:
+        CheckpointError: a gain or a core that depends on the token, which a plain LoRA cannot hold; nothing left to write; modules
+            that PEFT cannot name; a folder that cannot be written.
+    """
+    record, names = adapted(model), base_names(model)
+    if (Path(folder) / NATIVE_FILE).exists():
+        raise CheckpointError(f"{folder} holds an adapter of rankwise; export into a folder of its own")
+    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := _pair(module))[0])}
+    if not pairs:
+        raise CheckpointError("every site has rank 0: there is nothing to export")
+    heads = [name for name, _ in record.plan.trained_modules]
+    entries = peft_heads(heads, names) if heads else None
+    if heads and entries is None:
+        raise CheckpointError(f"PEFT's modules_to_save cannot name {', '.join(heads)} without other modules; merge the adapter instead")
+    tensors: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        slots = lora_slots(adapted_sites(model)[name].site)
+        tensors |= {f"{PREFIX}{name}.{slots[slot].key}": tensor for slot, tensor in zip(("down", "up"), pair, strict=True)}
+    for name, module in trained_modules(model).items():
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
+    ranks = {name: len(down) for name, (down, _) in pairs.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    config: dict[str, Any] = LORA_DEFAULTS | {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "task_type": task_type(model),
+        "inference_mode": True,
+        "target_modules": peft_targets(list(pairs), heads, names),
+        "modules_to_save": entries,
+        "fan_in_fan_out": any(site.kind == "conv1d" for site in record.plan.sites),
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": peft_patterns(ranks, common),
+        "alpha_pattern": peft_patterns(ranks, common),
+        "lora_dropout": record.recipe.dropout,
+    }
+    try:
+        with write_folder(folder, keep_others=True) as writing:
+            plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+            save_file(plain, writing / WEIGHTS, metadata={"format": "pt"})
+            _write_json(writing / CONFIG, config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the export could not be written to {folder}, which is as it was before: {error}") from error
+    return Path(folder)
+
+
+def _pair(module: AdaptedLinear) -> tuple[Tensor, Tensor]:
+    name = module.site.name
+    if module.gain is not None:
+        raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")
+    if module.update is None or module.update.token_core is not None:
+        raise CheckpointError(f"{name}: the update depends on the token, which a plain LoRA cannot hold")
+    return stacked(module.update.factors(), None if module.offset is None else module.offset.start())
