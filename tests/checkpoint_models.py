@@ -15,6 +15,7 @@ from rankwise.errors import CheckpointError
 from rankwise.recipe import Recipe
 from rankwise.recipes import RECIPES
 from rankwise.sites import adapted_sites, trained_modules
+from rankwise.storage.nf4_codes import dequantize, quantize
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,14 @@ def _base(name: str) -> nn.Module:
     if name == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, initializer_range=0.2, **sizes)).eval()
+    if name == "llama of nf4 levels":
+        # weights that 4 bits hold exactly, so that a reader with a dense base computes the same
+        model = copy.deepcopy(_base("llama"))
+        for part_name, part in model.named_modules():
+            if isinstance(part, nn.Linear) and part_name != "lm_head":
+                held = quantize(part.weight.detach(), double_quant=False)
+                part.weight.data = dequantize(held, tuple(part.weight.shape), torch.float32)
+        return model
     if name == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)).eval()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,6 +104,7 @@ def _named(name: str) -> Callable[[], Recipe]:
 CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "lora": ("llama", _named("lora"), "LORA"),
     "rslora": ("llama", _named("rslora"), "LORA"),
+    "qlora": ("llama of nf4 levels", lambda: RECIPES["qlora"](rank=4, alpha=8, double_quant=False), "LORA"),
     "lora-plus": ("llama", _named("lora-plus"), "LORA"),
     "lora-fa": ("llama", _named("lora-fa"), "LORA"),
     "dora": ("llama", _named("dora"), "LORA"),
@@ -126,6 +136,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
         "LORA",
     ),
     "dora on lora-ga": ("llama", lambda: rw.recipes.lora_ga(rank=4, gain="dora"), "LORA"),
+    "pissa fold in nf4": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold", storage="nf4"), "RANKWISE"),
     # gains over other updates
     "dora full gradient": ("llama", lambda: rw.recipes.dora(rank=4, norm_grad="full"), "LORA"),
     "dora with down frozen": ("llama", lambda: rw.recipes.lora_fa(rank=4, gain="dora"), "LORA"),

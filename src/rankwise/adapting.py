@@ -1,7 +1,7 @@
 """From a plan to an adapted model and back: adapt, disabled, reference, merge, unmerge, unadapt."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -14,10 +14,12 @@ from rankwise.equation import Start
 from rankwise.errors import TargetError
 from rankwise.inits import Beginning, site_generator
 from rankwise.planning import Plan, plan
+from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
 from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
+from rankwise.storage.nf4 import NF4Linear, NF4Storage
 from rankwise.updates import Site
 
 
@@ -30,6 +32,7 @@ class Adapted:
     fingerprint: str
     trainable: dict[str, bool]  # base parameter name -> requires_grad before
     notes: list[str] = field(default_factory=list)
+    held_fingerprint: str | None = None  # of the base as the storage holds it, where that is another form of the same weights
     untied_config: bool = False  # merging untied weights, and said so in the model's config
 
 
@@ -96,7 +99,7 @@ def build(
         shared: what `shared_part` made, where the caller had to look at it first.
         begun: site name -> starting pair, of an init that needed calibration.
     """
-    from rankwise.checkpoint.fingerprint import base_fingerprint
+    from rankwise.checkpoint.fingerprint import base_fingerprint, held_fingerprint
 
     modules = dict(model.named_modules())
     record = Adapted(
@@ -108,11 +111,15 @@ def build(
     )
     model.requires_grad_(False)
     shared = shared_part(model, recipe, made) if shared is None else shared
+    prepare(model, recipe, made.held, (site.name for site in made.sites))
+    modules = dict(model.named_modules())
+    record.held_fingerprint = held_fingerprint(modules, made)
     projections = _shared_projections(recipe, made.sites)
+    late = set(made.held) if needs_dense(recipe) else set()
     for position, site in enumerate(made.sites):
         layer = modules[site.name]
         given = None if stored is None else stored[site.name]
-        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun)
+        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -146,10 +153,14 @@ def _adapter(
     stored: Stored | None,
     notes: list[str],
     made: Mapping[str, Beginning] | None,
+    late_sites: Collection[str],
 ) -> AdaptedLinear:
     device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
     storage = storage_of(layer)
+    # dense until here where a residual is to be quantized, or the lengths of the original rows are wanted
+    late = recipe.storage.quantizes and site.name in late_sites
+    original = storage.read(layer) if late and recipe.gain.needs_original else None
     update = None
     offset = None
     if recipe.update.module is not None:
@@ -165,6 +176,8 @@ def _adapter(
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
                 begun = recipe.init.begin(site, weight, None, generator)
+                for _ in range(recipe.storage.iterations - 1 if late else 0):
+                    begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
             down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
             update.begin(down, up, recipe.init.moves_base, generator)
@@ -174,24 +187,36 @@ def _adapter(
                 offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
     folded = offset is not None and recipe.base == "fold"
     if folded and offset is not None:
-        fold(layer, offset, site.scaling)
+        layer = recipe.storage.hold(layer, moved(layer, offset, site.scaling, -1.0), dtype)
+    elif late:
+        layer = recipe.storage.hold(layer, storage.read(layer), dtype)
+    storage = storage_of(layer)
     gain = None
     if recipe.gain.module is not None:
         gain = recipe.gain.module(recipe.gain, site, recipe.frozen_roles, device, masters)
         start = None if offset is None or folded else offset.start()
-        gain.begin(layer, storage, None if update is None else update.factors(), start)
+        gain.begin(layer, storage, None if update is None else update.factors(), start, original)
         if stored is not None:
             gain.restore(**stored.gain)
     return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, None if projection is None else projection.member())
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, offset: Offset, scaling: float, sign: float = -1.0) -> None:
-    """Writes W - start into the base (or W + start with sign=1): computed in fp32 (fp64 for an fp64 base), rounded once."""
-    storage = storage_of(layer)
-    weight = storage.read(layer)
+def moved(layer: nn.Module, offset: Offset, scaling: float, sign: float) -> Tensor:
+    """W + sign * start, dense (out, in), in fp32 (fp64 for an fp64 base); the layer is not touched."""
+    weight = storage_of(layer).read(layer)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    storage.write(layer, wide + sign * scaling * (offset.up.to(wide.dtype) @ offset.down.to(wide.dtype)))
+    return wide + sign * scaling * (offset.up.to(wide.dtype) @ offset.down.to(wide.dtype))
+
+
+@torch.no_grad()
+def _lost(weight: Tensor | None, begun: Beginning, site: Site, recipe: Recipe) -> Tensor:
+    """What a weight loses when its residual is quantized, the start left out: W - held(W - start), for the next round of QPiSSA."""
+    assert weight is not None
+    assert begun.up is not None
+    assert begun.down is not None
+    wide = weight.to(begun.up.dtype)
+    return wide - recipe.storage.rounded(wide - site.scaling * begun.up @ begun.down)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -274,12 +299,13 @@ def reference(model: nn.Module) -> Reference:
 
 @torch.no_grad()
 def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
-    """Writes every update into the base weights: in fp32, rounded once to the base's dtype.
+    """Writes every update into the base weights: in fp32, rounded once to the base's dtype. A layer that is held in 4 bits is replaced by
+    a dense one in the dtype that its weight was quantized from: rounding to 4 bits again would lose the update.
 
     Args:
         model: an adapted model.
         keep_base: keep the base weights on the CPU, so that `unmerge`, `disabled` and `unadapt` give them back bit for bit. False takes the
-            adapters off: what returns is a plain model with merged weights.
+            adapters off: what returns is a plain model with merged weights, no layer of it in 4 bits.
 
     Raises:
         TargetError: an update depends on the token, or the base cannot be written.
@@ -303,6 +329,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     if not keep_base:
         for name, module in sites.items():
             _replace(model, name, module.base_layer)
+        for name, held in [(name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear)]:
+            _replace(model, name, held.storage.replaced(held, held.dense_weight()))  # layers without an adapter: one dtype throughout
         for name, trained in trained_modules(model).items():
             dtype = next(trained.base_layer.parameters()).dtype
             _replace(model, name, trained.trained.to(dtype))
@@ -316,6 +344,11 @@ def _write_in(model: nn.Module, module: AdaptedLinear) -> None:
         raise TargetError(f"the merged weight of {module.site.name} is not finite; the adapter is broken")
     _untie(model, module)
     storage = module.storage
+    if isinstance(storage, NF4Storage):  # never back into 4 bits: that would round the update away
+        module.kept_layer = (module.base_layer,)
+        module.base_layer = storage.replaced(module.base_layer, weight)
+        module.merged = True
+        return
     module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
     storage.write(module.base_layer, weight)
     module.merged = True
@@ -327,7 +360,7 @@ def _take_out(module: AdaptedLinear) -> None:
         _swap_in(module)
     if module.tied:
         module.base_layer.weight = module.tied[0]
-    module.merged, module.kept_weight, module.tied = False, None, ()
+    module.merged, module.kept_weight, module.kept_layer, module.tied = False, None, (), ()
 
 
 def _untie(model: nn.Module, module: AdaptedLinear) -> None:
@@ -366,7 +399,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def _swap_in(module: AdaptedLinear) -> None:
-    """The kept base weight back into the layer; the merged one waits in its place."""
+    """The kept base weight back into the layer, or the kept layer back into its place; the merged one waits where that was."""
+    if module.kept_layer:
+        (kept,) = module.kept_layer
+        module.kept_layer, module.base_layer = (module.base_layer,), kept.to(module.weight.device)
+        return
     assert module.kept_weight is not None
     storage = module.storage
     merged = storage.read(module.base_layer).detach().to("cpu", copy=True)
@@ -386,13 +423,23 @@ def unadapt(model: nn.Module) -> nn.Module:
     if any(module.merged for module in adapted_sites(model).values()):
         unmerge(model)
     for name, module in adapted_sites(model).items():
+        base = module.base_layer
         if module.folded and module.offset is not None:
-            fold(module.base_layer, module.offset, module.site.scaling, sign=1.0)
-        _replace(model, name, module.base_layer)
+            base = _unfolded(module, moved(base, module.offset, module.site.scaling, 1.0))
+        _replace(model, name, base)
     for name, trained in trained_modules(model).items():
         _replace(model, name, trained.base_layer)
     _thaw(model, record)
     return model
+
+
+def _unfolded(module: AdaptedLinear, weight: Tensor) -> nn.Module:
+    """The base layer with its start given back: written into it, or a dense layer where it holds 4 bits, which would lose the start."""
+    storage, layer = module.storage, module.base_layer
+    if isinstance(storage, NF4Storage):
+        return storage.replaced(layer, weight)
+    storage.write(layer, weight)
+    return layer
 
 
 def _thaw(model: nn.Module, record: Adapted) -> None:

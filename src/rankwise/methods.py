@@ -28,6 +28,11 @@ ABOUT: dict[str, About] = {
         "Take it when the rank is 64 or more; at small ranks it is LoRA with a larger alpha.",
         "The same as LoRA.",
     ),
+    "qlora": About(
+        "LoRA on a base whose linear layers are held as 4-bit NF4 codes, with the scales in 8 bits.",
+        "Take it when the base in 16 bits does not fit beside its activations.",
+        "4.13 bits a weight instead of 16, one dense weight at a time, and each weight is dequantized twice a step; merging gives 16 bits.",
+    ),
     "lora-plus": About(
         "LoRA whose output-side factor learns faster than the input-side one by a fixed ratio.",
         "Take it when LoRA learns too slowly and raising the one learning rate makes it unstable.",
@@ -110,14 +115,14 @@ def methods_table() -> Any:
     from rich import box
     from rich.table import Table
 
-    shown = ("update", "gain", "init", "gradient")
+    shown = ("update", "gain", "init", "gradient", "storage")
     table = Table(title="Methods", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("method", *shown, "frozen", "lr", "paper"):
         table.add_column(heading, overflow="fold", no_wrap=heading != "paper")
     for name, function in RECIPES.items():
         recipe = function()
         values = [getattr(recipe, axis).name for axis in shown]
-        axes = ["-" if value in ("none", "plain") else value for value in values]
+        axes = ["-" if value in ("none", "plain", "keep") else value for value in values]
         table.add_row(name, *axes, ", ".join(sorted(recipe.frozen)) or "-", f"{recipe.lr:g}", paper(name))
     return table
 

@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from rankwise.calibration import note as calibration_note
 from rankwise.errors import RecipeError, TargetError
+from rankwise.preparing import dense_bytes, layers_to_hold
 from rankwise.recipe import Recipe
+from rankwise.report import human_bytes
 from rankwise.sites import (
     AdaptedLinear,
     adapted_sites,
@@ -22,6 +25,8 @@ from rankwise.sites import (
     trained_modules,
     widths_of,
 )
+from rankwise.storage import NF4Linear
+from rankwise.storage.bnb_layout import is_bitsandbytes_4bit
 from rankwise.updates import Site
 
 
@@ -48,6 +53,8 @@ class Plan:
     base_parameters: int
     base_bytes: int
     notes: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()  # linear layers that the storage replaces by its own form
+    workspace: int = 0  # bytes of the largest weight that is dense for the length of a product only
 
     def parameters_of(self, site: Site) -> int:
         """Trained numbers at one site."""
@@ -88,6 +95,7 @@ class Plan:
         master, trained = max(4, element), self.trained_parameters
         return {
             "base weights": self.base_bytes,
+            **({"dequantized weight": self.workspace} if self.workspace else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
             "AdamW moments": 2 * master * trained,
@@ -186,6 +194,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 f"lower the rank, set rank_pattern for this site, or exclude it"
             )
         _check_kind(recipe, name, kind)
+        _check_held(recipe, name, module)
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) in tied:
             others = ", ".join(other for other in tied[id(weight)] if other != name)
@@ -214,16 +223,60 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:
         notes.append(f"lr={recipe.lr:g} is low for VeRA, whose vectors need 10 to 100 times LoRA's rate")
-    parameters = list(model.parameters())
+    base = _base_size(model, recipe, [name for name, _ in apart])
+    notes += base.notes
     return Plan(
         recipe,
         tuple(sites),
         tuple((name, sum(p.numel() for p in module.parameters())) for name, module in apart),
         coverage(recipe, sites, _linear_count(model)),
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
+        base.parameters,
+        base.bytes,
         tuple(notes),
+        base.held,
+        base.workspace,
     )
+
+
+class _Base(NamedTuple):
+    parameters: int
+    bytes: int
+    held: tuple[str, ...]
+    workspace: int
+    notes: list[str]
+
+
+def _base_size(model: nn.Module, recipe: Recipe, apart: list[str]) -> _Base:
+    """The base as it will be held: numbers, bytes, what is replaced, the largest weight that is made dense for a product."""
+    modules = dict(model.named_modules())
+    held, notes = layers_to_hold(model, recipe, apart)
+    quantized = {name: module for name, module in modules.items() if isinstance(module, NF4Linear)}
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters) + sum(m.in_features * m.out_features for m in quantized.values())
+    size = sum(p.numel() * p.element_size() for p in parameters) + sum(dense_bytes(m) for m in quantized.values())
+    workspace = 0
+    for name in {*held, *quantized}:
+        width_in, width_out = widths_of(modules[name])
+        workspace = max(workspace, width_in * width_out * placement(modules[name])[1].itemsize)
+    if held:
+        before = sum(dense_bytes(modules[name]) for name in held)
+        after = sum(_held_bytes(modules[name], recipe) for name in held)
+        size += after - before
+        notes.insert(
+            0,
+            f"storage={recipe.storage.name!r} replaces the weights of {len(held)} linear layers by their 4-bit form "
+            f"({human_bytes(before)} to {human_bytes(after)}): disabled() and unadapt() give back that form, not what was loaded",
+        )
+        if recipe.base == "fold":
+            notes.append("unadapt() gives the adapted layers back dense: with their start they are no longer what 4 bits can hold")
+    return _Base(count, size, tuple(held), workspace, notes)
+
+
+def _held_bytes(module: nn.Module, recipe: Recipe) -> int:
+    if is_bitsandbytes_4bit(module):
+        return dense_bytes(module)
+    width_in, width_out = widths_of(module)
+    return recipe.storage.bytes_of(width_in * width_out, placement(module)[1].itemsize)
 
 
 def summary(model: nn.Module) -> tuple[Coverage, ...]:
@@ -293,6 +346,20 @@ def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
     if recipe.dropout:
         raise TargetError(f"{name} is an embedding, whose token ids cannot be dropped; use dropout=0 or exclude it")
+
+
+def _check_held(recipe: Recipe, name: str, module: nn.Module) -> None:
+    if not (isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)):
+        return
+    if recipe.base == "fold":
+        raise TargetError(
+            f"{name} is held in nf4 already, so base='fold' cannot take the start out of its weight before that is rounded; use "
+            "base='keep', or give the 16-bit base"
+        )
+    if recipe.gain.needs_original:
+        raise TargetError(
+            f"{name} is held in nf4 already: the lengths of its original rows are gone; use lengths='held' or the 16-bit base"
+        )
 
 
 __all__ = ["Coverage", "Plan", "plan", "summary", "trained_modules"]

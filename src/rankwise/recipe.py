@@ -13,7 +13,7 @@ from rankwise.gradients import GRADIENTS, GradientRule, Plain
 from rankwise.inits import INITS, Init, Kaiming
 from rankwise.routing import ROUTINGS, Everywhere
 from rankwise.schedules import SCHEDULES, Constant, Schedule
-from rankwise.storage import STORAGES, Keep
+from rankwise.storage import STORAGES, Keep, StorageChoice
 from rankwise.updates import UPDATES, LowRank, UpdateChoice
 
 AXES: dict[str, Mapping[str, type[Any]]] = {
@@ -34,7 +34,7 @@ _KINDS: dict[str, type[Any]] = {
     "init": Init,
     "gradient": GradientRule,
     "schedule": Schedule,
-    "storage": Keep,
+    "storage": StorageChoice,
     "routing": Everywhere,
 }
 
@@ -75,7 +75,7 @@ class Recipe:
     init: Init = Kaiming()
     gradient: GradientRule = Plain()
     schedule: Schedule = Constant()
-    storage: Keep = Keep()
+    storage: StorageChoice = Keep()
     routing: Everywhere = Everywhere()
     rank: int = 16
     alpha: float | None = None
@@ -118,7 +118,7 @@ class Recipe:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name in AXES:
-                plain[item.name] = {"name": value.name, **dataclasses.asdict(value)}
+                plain[item.name] = {"name": value.name, **{key: _plain(option) for key, option in dataclasses.asdict(value).items()}}
             elif isinstance(value, Targets):
                 plain[item.name] = {"include": list(value.include), "exclude": list(value.exclude), "layers": value.layers}
             elif isinstance(value, frozenset):
@@ -137,6 +137,10 @@ class Recipe:
             if key not in known:
                 raise RecipeError(f"unknown recipe field {key!r}{nearest(key, known)}")
         return Recipe(**{key: _coerce(key, value) for key, value in plain.items()})
+
+
+def _plain(option: Any) -> Any:
+    return list(option) if isinstance(option, tuple) else option
 
 
 def _coerce(key: str, value: Any) -> Any:
@@ -349,6 +353,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         "gain=none",
         "nothing would train; unfreeze a role or choose a gain",
         lambda recipe: recipe.gain.name == "none" and recipe.update.name != "none" and not recipe.update.roles - recipe.frozen_roles,
+    ),
+    Forbidden(
+        "storage with iterations above 1",
+        "base=keep",
+        "only what is left of a folded start is quantized again; use base='fold' with an init that moves the base, or iterations=1",
+        lambda recipe: recipe.storage.iterations > 1 and recipe.base == "keep",
+    ),
+    Forbidden(
+        "storage with iterations above 1",
+        "an init that needs calibration",
+        "its statistics are those of the weight before it was quantized, once; use iterations=1",
+        lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
     ),
 )
 

@@ -17,6 +17,7 @@ from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
 from rankwise.recipe import LEGALITY, Recipe
 from rankwise.sites import adapted_sites
+from rankwise.storage import STORAGES, NF4Linear
 from rankwise.updates import UPDATES, Site, Slot, UpdateChoice, lora_slots
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]  # a group of two, and the wide input
@@ -54,15 +55,20 @@ def label(combination: tuple[Any, ...]) -> str:
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name.replace(".base_layer", ""): p.detach().clone()
-        for name, p in model.named_parameters()
-        if "update" not in name and "gain" not in name
+        for name, p in itertools.chain(model.named_parameters(), model.named_buffers())
+        if "update" not in name and "gain" not in name and "offset.down" not in name and "offset.up" not in name
     }
 
 
-def fulfils_the_contract(recipe: Recipe) -> Any:
+def held_llama() -> Any:
+    """The tiny model with its linear layers in 4 bits."""
+    return rw.unadapt(rw.adapt(llama(num_hidden_layers=1), Recipe().replace(storage="nf4", targets=TARGETS)))
+
+
+def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     """Every promise that holds for every recipe, on one model; returns the base for further looks."""
     ids = token_ids(rows=2, length=5)
-    model = llama(num_hidden_layers=1)
+    model = llama(num_hidden_layers=1) if model is None else model
     before, parameters = logits(model, ids), weights(model)
     plan = rw.plan(model, recipe)
     kept = recipe.base == "keep"
@@ -129,6 +135,40 @@ def test_every_legal_combination_fulfils_the_contract(combination: tuple[Any, ..
         fulfils_the_contract(Recipe().replace(**fields_of(*combination)))
 
 
+# every legal update, gain and init over a base in 4 bits; rules for steps and frozen roles do not see how the weight is held
+QUANTIZED = [combination for combination in LEGAL if combination[3:] == ("plain", "keep", ())]
+
+
+@pytest.mark.parametrize("combination", QUANTIZED, ids=label)
+def test_every_combination_fulfils_the_contract_on_a_4_bit_base(combination: tuple[Any, ...]) -> None:
+    """The base is then the 4-bit one: the start, the way back and `disabled` are exactly that."""
+    recipe = Recipe().replace(**fields_of(*combination), storage="nf4")
+    model = fulfils_the_contract(recipe, held_llama())
+    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 7
+
+
+@pytest.mark.parametrize("combination", [combination for combination in LEGAL if combination[3:] == ("plain", "fold", ())], ids=label)
+def test_every_folded_start_is_taken_out_before_quantization(combination: tuple[Any, ...]) -> None:
+    """What is left of the start is what 4 bits must hold; the start itself stays exact, so the model is nearer to the dense one."""
+    recipe = Recipe().replace(**fields_of(*combination), storage="nf4")
+    ids, model = token_ids(rows=2, length=5), llama(num_hidden_layers=1)
+    dense = {name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")}
+    rw.adapt(model, recipe)
+    for name, module in adapted_sites(model).items():
+        assert isinstance(module.base_layer, NF4Linear)
+        lost = dense_weight(module) - dense[name].double()
+        assert lost.norm() < 0.12 * dense[name].norm()
+    before = logits(model, ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    on = logits(perturb(model), ids)
+    assert (on - before).abs().max() > 1e-3
+    rw.merge(model)
+    torch.testing.assert_close(logits(model, ids), on, rtol=1e-4, atol=1e-4)
+    rw.unadapt(model)
+    assert not adapted_sites(model)
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_every_value_of_every_axis_is_in_a_legal_combination(update: str) -> None:
     """Or the test above would pass by leaving it out."""
@@ -139,6 +179,10 @@ def test_every_value_of_every_axis_is_in_a_legal_combination(update: str) -> Non
     assert {combination[3] for combination in LEGAL} == set(GRADIENTS)
     assert {combination[4] for combination in LEGAL} == {"keep", "fold"}
     assert {combination[5] for combination in LEGAL} == {(), ("down",)}
+    assert set(STORAGES) == {"keep", "nf4"}
+    assert {combination[0] for combination in QUANTIZED} == set(UPDATES)
+    assert {combination[1] for combination in QUANTIZED} == set(GAINS)
+    assert {combination[2] for combination in QUANTIZED} == set(INITS)
 
 
 def test_every_illegal_combination_is_refused_with_the_reason_of_a_row() -> None:
@@ -182,6 +226,8 @@ ROWS: list[dict[str, Any]] = [
     {"update": Routed(), "gain": "dora"},
     {"update": Routed(), "init": "pissa"},
     {"init": "pissa", "frozen": {"down", "up"}},
+    {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
+    {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
 ]
 
 

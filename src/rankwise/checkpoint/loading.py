@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankwise.adapting import build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
-from rankwise.checkpoint.fingerprint import base_fingerprint
+from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
 from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, is_stacked, pool_keys, shapes
 from rankwise.checkpoint.peft_reader import recipe_of, without_base_copies
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
@@ -201,7 +201,11 @@ def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
 
 def _compare_base(base: nn.Module, made: Plan, about: Mapping[str, Any], any_base: bool) -> None:
     saved, found = about["base"].get("fingerprint"), base_fingerprint(dict(base.named_modules()), made.sites)
-    if saved == found or any_base:
+    held = about["base"].get("held")
+    if any_base or found in (saved, held):
+        return
+    # trained on the 4-bit form of this base, loaded as such
+    if held is not None and forecast_fingerprint(dict(base.named_modules()), made) == held:
         return
     name, here = about["base"].get("name_or_path"), getattr(getattr(base, "config", None), "_name_or_path", None)
     raise CheckpointError(

@@ -23,6 +23,7 @@ from rankwise.checkpoint.naming import peft_patterns, shortest
 from rankwise.checkpoint.peft_fields import ADALORA_DEFAULTS, LORA_DEFAULTS, VERA_DEFAULTS
 from rankwise.equation import Start
 from rankwise.planning import Plan
+from rankwise.preparing import needs_dense
 from rankwise.recipe import Recipe
 from rankwise.sites import AdaptedLinear, adapted_sites
 from rankwise.updates import Site
@@ -60,6 +61,8 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
         return NATIVE, f"PEFT has no start of its own over update={recipe.update.name!r}"
     if reason := recipe.update.peft_reason(sites):
         return NATIVE, reason
+    if record.plan.held and needs_dense(recipe):
+        return NATIVE, "the base's 4-bit form is made here, of a residual or with the lengths of the original rows, and PEFT cannot make it"
     for name, module in adapted_sites(model).items():
         if getattr(module.base_layer, "max_norm", None) is not None:
             return NATIVE, f"PEFT applies max_norm of the embedding {name} to the factors too"

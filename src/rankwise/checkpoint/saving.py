@@ -119,7 +119,7 @@ def _about(record: Adapted, peft_type: str, reason: str, config: Mapping[str, An
         "rankwise_version": __version__,
         "peft_type": peft_type,
         "recipe": recipe.to_dict(),
-        "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint},
+        "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint, "held": record.held_fingerprint},
         "sites": {site.name: {"rank": site.rank, "scaling": site.scaling} for site in record.plan.sites},
         "modules_to_save": [name for name, _ in record.plan.trained_modules],
         # stacked: the second half of lora_A's rows, and minus the second half of lora_B's columns; separate: under keys of its own

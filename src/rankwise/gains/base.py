@@ -19,8 +19,11 @@ class Gain(Part, ABC):
         self.choice = choice
 
     @abstractmethod
-    def begin(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> None:
-        """Measures what the gain needs of the frozen weight and sets the gain to exactly 1. `start` as the forward subtracts it."""
+    def begin(
+        self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None, original: Tensor | None = None
+    ) -> None:
+        """Measures what the gain needs of the frozen weight and sets the gain to exactly 1. `start` as the forward subtracts it;
+        `original` is the dense weight (out, in) before it was quantized, for a choice that needs it."""
 
     @abstractmethod
     def forward(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> Tensor:
@@ -44,6 +47,11 @@ class GainChoice(ABC):
 
     name: ClassVar[str]
     module: ClassVar[type[Gain] | None]
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the gain begins from the weight before it is quantized; the gain is then not exactly 1 on a quantized base."""
+        return False
 
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:

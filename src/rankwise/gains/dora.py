@@ -38,10 +38,15 @@ class DoraGain(Gain):
         self._evaluated: tuple[tuple[Tensor, ...], Tensor] | None = None
 
     @torch.no_grad()
-    def begin(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> None:
+    def begin(
+        self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None, original: Tensor | None = None
+    ) -> None:
         weight = storage.read(layer)
         self.weight_norm_sq.copy_(row_norms_squared(weight, self.weight_norm_sq.dtype))
-        self.magnitude0.copy_(self.norm(layer, storage, factors, start))
+        if original is None:
+            self.magnitude0.copy_(self.norm(layer, storage, factors, start))
+        else:
+            self.magnitude0.copy_(row_norms_squared(original, self.magnitude0.dtype).sqrt())
         self.magnitude.zero_()
 
     def norm(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> Tensor:
@@ -51,9 +56,7 @@ class DoraGain(Gain):
         with torch.autocast(self.weight_norm_sq.device.type, enabled=False):
             down, up = stacked(factors, start)  # (k, in), (out, k)
             wide = self.weight_norm_sq.dtype
-            probe = next(iter(storage.tensors(layer)), None)
-            asked = down if probe is None else down.to(probe.dtype)
-            cross = storage.linear(layer, asked).to(wide).T  # W down'^T, (out, k)
+            cross = storage.linear(layer, down).to(wide).T  # W down'^T, (out, k)
             down, up = down.to(wide), up.to(wide)
             squared = self.weight_norm_sq + 2 * (up * cross).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
         # The expansion can end a hair below zero where V is about zero; a root of zero would have an infinite gradient.
@@ -125,6 +128,8 @@ class Dora(GainChoice):
     is refused: it multiplies a second time by W in each step, and the equation has one base product.
     axis: 'out', one magnitude per output row, as official code, PEFT and every checkpoint have it. 'in' (the letter of the paper) is
     refused: it scales inputs, and the equation has a gain on outputs only.
+    lengths: over a base that is quantized here, 'held' starts from the row lengths of the quantized weight (the gain is exactly 1, the
+    start exactly the base), 'original' from those before, which undoes what quantization did to them (up to 1.6% of a length).
     """
 
     name: ClassVar[str] = "dora"
@@ -132,8 +137,15 @@ class Dora(GainChoice):
     norm_grad: Literal["detached", "full"] = "detached"
     dropout: Literal["adapter", "paper"] = "adapter"
     axis: Literal["out", "in"] = "out"
+    lengths: Literal["held", "original"] = "held"
+
+    @property
+    def needs_original(self) -> bool:
+        return self.lengths == "original"
 
     def __post_init__(self) -> None:
+        if self.lengths not in ("held", "original"):
+            raise RecipeError(f"lengths={self.lengths!r} of the dora gain is unknown; use 'held' or 'original'")
         if self.norm_grad not in ("detached", "full"):
             raise RecipeError(f"norm_grad={self.norm_grad!r} of the dora gain is unknown; use 'detached' or 'full'")
         if self.dropout != "adapter":

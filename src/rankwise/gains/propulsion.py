@@ -25,7 +25,9 @@ class PropulsionGain(Gain):
 
     z: Tensor  # (out,)
 
-    def begin(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> None:
+    def begin(
+        self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None, original: Tensor | None = None
+    ) -> None:
         self.put(z=torch.zeros_like(self.z))
 
     def forward(self, layer: nn.Module, storage: Storage, factors: Factors | None, start: Start | None) -> Tensor:

@@ -3,9 +3,10 @@
 A storage is a stateless object. Shapes: x (..., in), bias (out,), g (..., out), weights as the layer holds them; `read` gives (out, in).
 """
 
-from rankwise.storage.base import Keep, Storage
+from rankwise.storage.base import Keep, Storage, StorageChoice
 from rankwise.storage.dense import ConvOneD, Dense, Embedding, Opaque, storage_of
+from rankwise.storage.nf4 import NF4, NF4Linear
 
-STORAGES = {choice.name: choice for choice in (Keep,)}
+STORAGES: dict[str, type[StorageChoice]] = {choice.name: choice for choice in (Keep, NF4)}
 
-__all__ = ["STORAGES", "ConvOneD", "Dense", "Embedding", "Keep", "Opaque", "Storage", "storage_of"]
+__all__ = ["NF4", "STORAGES", "ConvOneD", "Dense", "Embedding", "Keep", "NF4Linear", "Opaque", "Storage", "StorageChoice", "storage_of"]

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,8 +34,9 @@ class Storage(ABC):
         """g W, (..., in), in g's dtype."""
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x W^T without bias, differentiable in x: for small matrices such as `down` (rank, in) -> (rank, out)."""
-        return self.product(x, None, *self.tensors(layer))
+        """x W^T without bias in the weight's dtype, differentiable in x: for small matrices such as `down` (rank, in) -> (rank, out)."""
+        weights = self.tensors(layer)
+        return self.product(x.to(weights[0].dtype), None, *weights)
 
     @abstractmethod
     def read(self, layer: nn.Module) -> Tensor:
@@ -45,8 +47,53 @@ class Storage(ABC):
         """Replaces the weight by a dense (out, in) tensor, rounded once to the layer's dtype, in place."""
 
 
+class StorageChoice(ABC):
+    """Abstract: one value of the storage axis. Final subclasses are frozen dataclasses of options.
+
+    A choice that quantizes replaces linear layers before anything is adapted; `hold` makes one of them.
+    """
+
+    name: ClassVar[str]
+    #: the linear layers of the base are replaced by another form
+    quantizes: ClassVar[bool] = False
+    #: rounds of taking a start from the weight and quantizing what is left (base='fold')
+    iterations: int = 1
+    #: names of layers that stay as loaded
+    keep: tuple[str, ...] = ()
+
+    @abstractmethod
+    def hold(self, layer: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+        """A layer in this form.
+
+        Args:
+            layer: the base layer, for all but its weight.
+            weight: dense (out, in), possibly wider than the layer's own.
+            dtype: of the layer's own weight.
+        """
+
+    @abstractmethod
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What a dense weight becomes by being held so, dense again, in its own dtype."""
+
+    @abstractmethod
+    def bytes_of(self, numel: int, element: int) -> int:
+        """Bytes of a weight of so many elements, `element` bytes each when dense."""
+
+
 @dataclass(frozen=True)
-class Keep:
+class Keep(StorageChoice):
     """Storage choice: the base weight stays as the model was loaded (dense, or whatever the vendor's layer holds)."""
 
     name: ClassVar[str] = "keep"
+
+    def hold(self, layer: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+        from rankwise.storage import storage_of
+
+        storage_of(layer).write(layer, weight)
+        return layer
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def bytes_of(self, numel: int, element: int) -> int:
+        return numel * element
