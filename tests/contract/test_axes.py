@@ -153,7 +153,7 @@ def test_every_folded_start_is_taken_out_before_quantization(combination: tuple[
     recipe = Recipe().replace(**fields_of(*combination), storage="nf4")
     ids, model = token_ids(rows=2, length=5), llama(num_hidden_layers=1)
     dense = {name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")}
-    rw.adapt(model, recipe)
+    rw.adapt(model, recipe, calibration=CALIBRATION)
     for name, module in adapted_sites(model).items():
         assert isinstance(module.base_layer, NF4Linear)
         lost = dense_weight(module) - dense[name].double()
@@ -192,7 +192,6 @@ def test_every_illegal_combination_is_refused_with_the_reason_of_a_row() -> None
         assert str(refusal(fields_of(*combination))) in reasons, label(combination)
 
 
-# One recipe for each row of the table that breaks this row and no other.
 @dataclass(frozen=True)
 class Routed(UpdateChoice):
     """Stands for the updates of later parts whose core depends on the token; no registered update has one yet."""
@@ -206,6 +205,7 @@ class Routed(UpdateChoice):
         return lora_slots(site)
 
 
+# One recipe for each row of the table that breaks this row and no other.
 ROWS: list[dict[str, Any]] = [
     {"update": "none", "gain": "none", "init": "own"},
     {"update": "vera", "init": "pissa"},
