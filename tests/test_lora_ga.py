@@ -412,6 +412,33 @@ def test_a_4_bit_base_starts_exactly_and_is_not_written(estimate: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip([p for p in model.parameters() if p.dtype == torch.uint8], codes, strict=True))
 
 
+@pytest.mark.check("lora-ga", 11)
+@pytest.mark.parametrize("make", [rw.recipes.lora_ga, rw.recipes.corda])
+@pytest.mark.parametrize("estimate", ["before", "on"])
+def test_an_nf4_base_starts_exactly(make: Any, estimate: str) -> None:
+    """Calibrated before the base is quantized, by one recipe, or on a base that is in 4 bits already."""
+    quantized = rw.unadapt(rw.adapt(llama(), rw.recipes.lora(rank=RANK, storage="nf4")))
+    expected = logits(quantized, token_ids())
+    assert relative(expected, logits(llama(), token_ids())) > 1e-3
+    codes = [p.detach().clone() for p in (*quantized.parameters(), *quantized.buffers()) if p.dtype == torch.uint8]
+    assert codes
+    recipe = make(rank=RANK)
+    if estimate == "before":
+        model = rw.adapt(llama(), recipe.replace(storage="nf4"), calibration=[batch()])
+    else:
+        model = rw.adapt(quantized, recipe, calibration=[batch()])
+        held = [p for p in (*model.parameters(), *model.buffers()) if p.dtype == torch.uint8]
+        assert len(held) == len(codes)
+        assert all(any(torch.equal(p, q) for q in codes) for p in held)
+    assert torch.equal(logits(model, token_ids()), expected)
+    modules = adapted_sites(model).values()
+    assert all(type(module.base_layer).__name__ == "NF4Linear" and module.offset is not None for module in modules)
+    assert all(bool(module.offset.up.any()) for module in modules)  # type: ignore[union-attr]
+    b = batch()
+    model(**b).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -187,9 +187,9 @@ def test_every_recipe_resumes_bit_for_bit(world: Path, tmp_path: Path, monkeypat
     assert whole.after == resumed.after != whole.before
 
 
-@pytest.mark.parametrize("name", ["lora-ga", "corda", "pissa"])
-def test_a_resumed_run_makes_no_start_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    changes = {"method": name, "targets": ["q_proj", "down_proj"]}
+@pytest.mark.parametrize(("name", "storage"), [("lora-ga", "keep"), ("corda", "keep"), ("pissa", "keep"), ("corda", "nf4")])
+def test_a_resumed_run_makes_no_start_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, storage: str) -> None:
+    changes: dict[str, Any] = {"method": {"name": name, "storage": storage}, "targets": ["q_proj", "down_proj"]}
     whole = run(plain_config(world, CAUSAL, tmp_path / "whole", **changes))
     config = plain_config(world, CAUSAL, tmp_path / "cut", **changes)
     cut_short(config, monkeypatch, 8)
