@@ -22,7 +22,6 @@ from rankwise.schedules.adalora import Phases
 from rankwise.schedules.allocator import orthogonality
 from rankwise.sites import adapted_sites
 
-check = pytest.mark.check
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 FIELDS: dict[str, Any] = {"targets": TARGETS, "start": "orthonormal"}
 
@@ -74,7 +73,7 @@ def alive(model: Any) -> int:
 # --- the update ------------------------------------------------------------------------------------------------------------------------
 
 
-@check("adalora", 1)
+@pytest.mark.check("adalora", 1)
 @pytest.mark.parametrize("start", ["gaussian", "orthonormal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_start_is_the_base_and_the_update_is_dense(start: str, dtype: torch.dtype) -> None:
@@ -130,7 +129,7 @@ def official(step: int, total: int, tinit: int, tfinal: int, first: int, last: i
     return int(last + (first - last) * (1 - (step - tinit) / (total - tfinal - tinit)) ** 3)
 
 
-@check("adalora", 2)
+@pytest.mark.check("adalora", 2)
 @pytest.mark.parametrize(
     ("total", "tinit", "tfinal", "first", "last"),
     [(6700, 800, 3500, 864, 576), (85900, 8000, 50000, 144, 72), (30, 0, 0, 24, 16), (100, 10, 20, 7, 7), (5, 1, 2, 13, 3)],
@@ -145,7 +144,7 @@ def test_the_budget_falls_from_end_to_end(total: int, tinit: int, tfinal: int, f
     assert budgets == sorted(budgets, reverse=True)
 
 
-@check("adalora", 2)
+@pytest.mark.check("adalora", 2)
 def test_the_printed_equation_is_a_misprint() -> None:
     """Equation 12 as printed is not b0 at tinit nor bT at the end; the code's form is."""
     total, tinit, tfinal, first, last = 6700, 800, 3500, 864, 576
@@ -189,7 +188,7 @@ def test_unknown_length_and_impossible_ranks_are_refused() -> None:
         rw.recipes.adalora(init_rank=6, rank=5)
 
 
-@check("adalora", 3)
+@pytest.mark.check("adalora", 3)
 @pytest.mark.parametrize("compact", [True, False])
 def test_exactly_the_budget_is_not_zero_after_each_mask(compact: bool) -> None:
     model, optimizer = toy(tinit=4, tfinal=8, interval=3, compact=compact)
@@ -204,7 +203,7 @@ def test_exactly_the_budget_is_not_zero_after_each_mask(compact: bool) -> None:
     assert alive(model) == 4
 
 
-@check("adalora", 3)
+@pytest.mark.check("adalora", 3)
 def test_ties_do_not_prune_too_many() -> None:
     model, optimizer = toy(tinit=0, tfinal=0, total=4)
     for module in adapted_sites(model).values():
@@ -216,7 +215,7 @@ def test_ties_do_not_prune_too_many() -> None:
     assert [lam.tolist() for lam in lams(model).values()] == [[1, 1, 1, 1], [1, 0, 0, 0]]
 
 
-@check("adalora", 3)
+@pytest.mark.check("adalora", 3)
 def test_init_equal_to_target_prunes_nothing() -> None:
     model, optimizer = toy(total=6, target_rank=4, tinit=0, tfinal=2)
     plain = rw.adapt(Toy(), rw.recipes.adalora(target_rank=4, init_rank=4, start="orthonormal", gamma=0).replace(schedule="none"))
@@ -239,7 +238,7 @@ def test_a_skipped_last_step_does_not_skip_the_end() -> None:
 # --- importance ------------------------------------------------------------------------------------------------------------------------
 
 
-@check("adalora", 4)
+@pytest.mark.check("adalora", 4)
 @pytest.mark.parametrize("order", ["after", "before"])
 def test_two_steps_of_the_averages_by_hand(order: str) -> None:
     model = rw.adapt(nn.Sequential(nn.Linear(2, 3, bias=False)), rw.recipes.adalora(init_rank=2, target_rank=1, sensitivity=order, gamma=0))
@@ -274,7 +273,7 @@ def test_gradients_that_are_not_finite_leave_the_averages_alone() -> None:
     assert all(torch.equal(average, before[name]) for name, average in running(optimizer).averages.items())
 
 
-@check("adalora", 6)
+@pytest.mark.check("adalora", 6)
 def test_a_pruned_triplet_can_come_back() -> None:
     model, optimizer = toy(tinit=1, tfinal=4, interval=5, gamma=0)
     update: Any = adapted_sites(model)["first"].update
@@ -299,7 +298,7 @@ def test_a_pruned_triplet_can_come_back() -> None:
 # --- against PEFT ----------------------------------------------------------------------------------------------------------------------
 
 
-@check("adalora", 5)
+@pytest.mark.check("adalora", 5)
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
 def test_thirty_steps_equal_peft(gamma: float) -> None:
     """The same start, batches and optimizer: the same masks at every step and the same lam, penalty included."""
@@ -343,7 +342,7 @@ def test_thirty_steps_equal_peft(gamma: float) -> None:
     assert masked > 30
 
 
-@check("adalora", 5)
+@pytest.mark.check("adalora", 5)
 def test_peft_crashes_where_there_is_nothing_to_prune() -> None:
     """Why the comparison has a budget below the start: with init_r = target_r PEFT asks for the 0th smallest score."""
     peft: Any = pytest.importorskip("peft")
@@ -359,7 +358,7 @@ def test_peft_crashes_where_there_is_nothing_to_prune() -> None:
 # --- the penalty -----------------------------------------------------------------------------------------------------------------------
 
 
-@check("adalora", 7)
+@pytest.mark.check("adalora", 7)
 @pytest.mark.parametrize("form", ["fro_mean", "fro2_sum"])
 def test_the_penalty_and_its_gradient_equal_the_formulas(form: str) -> None:
     model, optimizer = toy(dtype=torch.float64, start="gaussian", gamma=0.3, orthogonality=form)
@@ -381,7 +380,7 @@ def test_the_penalty_and_its_gradient_equal_the_formulas(form: str) -> None:
     assert optimizer.rankwise_session.report()["schedule_penalty"] == pytest.approx(penalty.item(), rel=1e-12)
 
 
-@check("adalora", 7)
+@pytest.mark.check("adalora", 7)
 @pytest.mark.parametrize("form", ["fro_mean", "fro2_sum"])
 def test_orthonormal_matrices_have_no_penalty(form: str) -> None:
     exact = torch.eye(6, 3)[None]
@@ -393,7 +392,7 @@ def test_orthonormal_matrices_have_no_penalty(form: str) -> None:
     assert gradient.any()
 
 
-@check("adalora", 7)
+@pytest.mark.check("adalora", 7)
 def test_no_loss_contains_the_penalty() -> None:
     model, optimizer = toy(gamma=0.5, start="gaussian")
     x, y = batch(1)
@@ -433,7 +432,7 @@ def trained(dtype: torch.dtype = torch.float32, total: int = 12, **fields: Any) 
     return model
 
 
-@check("adalora", 8)
+@pytest.mark.check("adalora", 8)
 @pytest.mark.parametrize("compact", [True, False])
 def test_the_scale_is_a_constant(tmp_path: Path, compact: bool) -> None:
     model = trained(torch.bfloat16, compact=compact)
@@ -447,7 +446,7 @@ def test_the_scale_is_a_constant(tmp_path: Path, compact: bool) -> None:
     assert not torch.equal(logits(model, token_ids()), logits(llama(dtype=torch.bfloat16), token_ids()))
 
 
-@check("adalora", 9)
+@pytest.mark.check("adalora", 9)
 @pytest.mark.parametrize("kept", [[0, 1, 3], [2], []])
 def test_cutting_ranks_drops_nothing_but_zeros(kept: list[int]) -> None:
     """The Check asks for equal bits. Where sums are exact they are; in fp32 a matrix product over fewer columns may add in another order
@@ -473,7 +472,7 @@ def test_cutting_ranks_drops_nothing_but_zeros(kept: list[int]) -> None:
     assert sum(p.numel() for p in site.update.parameters()) == len(kept) * 17 == rw.summary(model)[0].parameters
 
 
-@check("adalora", 9)
+@pytest.mark.check("adalora", 9)
 def test_cutting_ranks_changes_no_output_and_training_goes_on() -> None:
     masked, masking = toy(tinit=2, tfinal=10, total=20, compact=False)
     cut, cutting = toy(tinit=2, tfinal=10, total=20)
@@ -507,7 +506,7 @@ def test_cutting_ranks_changes_no_output_and_training_goes_on() -> None:
     assert all(not torch.equal(value, before[name]) for name, value in trainable_state(cut).items() if value.numel())
 
 
-@check("adalora", 9)
+@pytest.mark.check("adalora", 9)
 def test_training_after_the_cut_equals_training_under_the_mask() -> None:
     """With the same penalty: pruned rows of the masked form have a penalty and Gram entries of their own, so gamma is 0 here."""
     masked, masking = toy(tinit=2, tfinal=10, total=20, compact=False, gamma=0)
@@ -541,7 +540,7 @@ def test_a_site_may_end_without_any_triplet(tmp_path: Path) -> None:
         assert relative(peft.PeftModel.from_pretrained(Toy(), folder)(x), model(x)) < 1e-5
 
 
-@check("adalora", 10)
+@pytest.mark.check("adalora", 10)
 @pytest.mark.parametrize("state", ["before", "inside", "after", "masked", "patterns"])
 def test_peft_loads_what_is_saved_and_what_is_exported(tmp_path: Path, state: str) -> None:
     """Before, inside and after pruning: PEFT's AdaLoRA from `save`, PEFT's LoRA of mixed ranks from the export, ours from both."""
