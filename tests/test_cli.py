@@ -265,12 +265,12 @@ def test_the_demo_tells_its_story_and_may_be_repeated(tmp_path: Path, capsys: py
     for expected in (
         "the loss is on",
         "all-linear",
-        "step 95/95",
+        "step 86/86",
         "general",
-        "Before   ",
-        "After    ",
+        "\nBefore\n",
+        "\nAfter\n",
         f"The adapter lies in {output}/adapter",
     ):
         assert expected in out
     results = json.loads((output / "results.json").read_text())
-    assert results["after"]["task"]["loss"] < results["before"]["task"]["loss"]
+    assert results["after"]["task"]["loss"] < 0.9 * results["before"]["task"]["loss"]
