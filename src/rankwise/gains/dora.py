@@ -122,8 +122,7 @@ class Dora(GainChoice):
     """Trained row lengths over the adapted weight.
 
     norm_grad: 'detached' lets the norm follow the factors without a gradient (section 4.3, what the official code and PEFT do), 'full' is
-    the
-    gradient of equation 6; it costs O(out in rank) per step whatever the number of tokens.
+    the gradient of equation 6; it costs O(out in rank) per step whatever the number of tokens.
     dropout: 'adapter' drops the branch's input only. 'paper' (official code and PEFT in training, y = W x + (gain - 1) W drop(x) + ...)
     is refused: it multiplies a second time by W in each step, and the equation has one base product.
     axis: 'out', one magnitude per output row, as official code, PEFT and every checkpoint have it. 'in' (the letter of the paper) is
