@@ -80,7 +80,7 @@ class Plan:
         count = 0
         for site in self.sites:
             slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
-            count += sum(slot.numel for slot in slots.values() if slot.role in self.recipe.frozen_roles)
+            count += sum(slot.numel for slot in slots.values() if not slot.trains(self.recipe.frozen_roles))
             if self.recipe.init.moves_base:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
@@ -121,7 +121,7 @@ class Plan:
                     total += site.in_features
             if trained - {"down"} and site.rank and not (self.recipe.update.shares_down and site.group and key in shared):
                 shared.add(key)
-                total += site.rank
+                total += site.width
             if self.recipe.gain.name != "none":
                 total += site.out_features
         return total * element + ids
@@ -142,7 +142,7 @@ class Plan:
                 inner = 0
             if site.group:
                 projected.add(site.group)
-            branch += site.rank * (inner * site.in_features + outer * site.out_features)
+            branch += site.width * (inner * site.in_features + outer * site.out_features)
         return {"frozen base": base, "branch": branch}
 
     def resized(self, ranks: Mapping[str, int]) -> "Plan":
@@ -159,7 +159,7 @@ class Plan:
 def site_parameters(recipe: Recipe, site: Site) -> int:
     """Trained numbers of a recipe at a site, from shapes alone."""
     slots = recipe.update.slots(site) | recipe.gain.slots(site)
-    return sum(slot.numel for slot in slots.values() if slot.role not in recipe.frozen_roles)
+    return sum(slot.numel for slot in slots.values() if slot.trains(recipe.frozen_roles))
 
 
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -208,7 +208,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         has_bias = getattr(module, "bias", None) is not None
         scaling = recipe.scaling_of(rank, alpha)
         element = placement(module)[1].itemsize
-        sites.append(Site(name, kind, width_in, width_out, rank, scaling, alpha, group, pattern, has_bias, size, element))
+        experts = recipe.update.experts
+        sites.append(Site(name, kind, width_in, width_out, rank, scaling, alpha, group, pattern, has_bias, size, element, experts))
     for label, patterns in (("rank_pattern", recipe.rank_pattern), ("alpha_pattern", recipe.alpha_pattern)):
         for pattern in patterns:
             if not any(matches(pattern, site.name) for site in sites):

@@ -1,7 +1,7 @@
 """Update axis: what the factors are. A choice (frozen dataclass) says which tensors an update owns; its module maps them to Factors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,13 @@ class Site:
     has_bias: bool = False
     weight_bytes: int = 0
     element: int = 4  # bytes of one number of the base; adapters take at least 4
+    experts: int = 1  # pairs of this rank that stand stacked at the site
+    owner: str = ""  # name of the site whose update this one uses; empty for a site with an update of its own
+
+    @property
+    def width(self) -> int:
+        """Size of h = down @ x: all ranks of all experts."""
+        return self.rank * self.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,7 @@ class Slot:
     role: Role
     shape: tuple[int, ...]
     key: str
+    frozen: bool = False  # never trains at this site, whatever the recipe freezes
 
     @property
     def numel(self) -> int:
@@ -47,6 +55,10 @@ class Slot:
         for size in self.shape:
             count *= size
         return count
+
+    def trains(self, frozen: Collection[str]) -> bool:
+        """Whether the tensor is a parameter, given the frozen roles of the recipe."""
+        return not self.frozen and self.role not in frozen
 
 
 class Part(nn.Module):
@@ -57,7 +69,7 @@ class Part(nn.Module):
         self.slots = dict(slots)
         for name, slot in slots.items():
             tensor = torch.zeros(slot.shape, device=device, dtype=dtype)
-            if slot.role in frozen:
+            if not slot.trains(frozen):
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor))
@@ -119,6 +131,8 @@ class UpdateChoice(ABC):
     rank_bounded: ClassVar[bool] = True
     #: whether sites of one group share `down` (and so `down @ x`)
     shares_down: ClassVar[bool] = False
+    #: pairs that stand stacked at each site
+    experts: int = 1
     #: whether the core is the same for all tokens
     constant_core: ClassVar[bool] = True
 
