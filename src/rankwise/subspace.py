@@ -15,18 +15,20 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rankwise.eightbit import bytes_of
 from rankwise.errors import RecipeError
 
 Side = Literal["left", "right"]
 Projection = Literal["std", "reverse_std", "left", "right"]
 Method = Literal["svd", "randomized", "random"]
 
-BLOCK = 256  # elements of an 8-bit moment that share one fp32 scale
-SMALL = 4096  # moments with fewer elements stay in fp32, as in bitsandbytes
+
+ALL_ZERO = "the gradient is all zero"
+NOT_FINITE = "the gradient is not finite"
 
 
 class Refreshed(NamedTuple):
-    """A frame, and why it was not taken from the gradient: an empty note says that it was."""
+    """A frame, and why it was not taken from the gradient: `ALL_ZERO`, `NOT_FINITE`, or empty when it was."""
 
     frame: Tensor  # (k, rank), orthonormal columns
     note: str = ""
@@ -103,9 +105,8 @@ def refresh(
         previous = None
     largest = tall.abs().amax()  # NaN if there is any
     if not torch.isfinite(largest) or largest == 0:
-        note = "the gradient is all zero" if largest == 0 else "the gradient is not finite"
         kept = torch.eye(len(tall), rank, dtype=tall.dtype, device=tall.device) if previous is None else previous
-        return Refreshed(kept, f"{note}: the subspace {'starts at the first coordinates' if previous is None else 'stays'}")
+        return Refreshed(kept, ALL_ZERO if largest == 0 else NOT_FINITE)
     if method == "svd":
         frame = torch.linalg.svd(tall, full_matrices=False).U[:, :rank] if side == "left" else _right_vectors(gradient, rank)
     elif method == "random":
@@ -232,5 +233,5 @@ def state_bytes(out_features: int, in_features: int, rank: int, side: Side | Non
     k, other = (out_features, in_features) if side == "left" else (in_features, out_features)
     rank = clamped(rank, out_features, in_features)
     moment = rank * other
-    each = moment + 4 * -(-moment // BLOCK) if states == "8bit" and moment >= SMALL else element * moment
+    each = bytes_of(moment, element) if states == "8bit" else element * moment
     return element * k * rank + 2 * each
