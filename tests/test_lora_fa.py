@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from tiny_models import llama
+from torch import Tensor, nn
 from toys import Mlp, Qkv, one, only_site, saved_storages, stir
 
 import rankwise as rw
