@@ -93,9 +93,9 @@ def main() -> None:
             for share in options.share:
                 runs.append(measure(out, wide, int(rank), decay, share, options.repeats, options.device))
                 print(json.dumps(runs[-1]), flush=True)
-    if options.json:
-        report = {"device": name, "torch": torch.__version__, "repeats": options.repeats, "runs": runs}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+                if options.json:  # after each one, so that an interrupted run keeps what it has
+                    report = {"device": name, "torch": torch.__version__, "repeats": options.repeats, "runs": runs}
+                    options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
