@@ -120,7 +120,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "deep-lora": ("llama", _named("deep-lora"), "RANKWISE"),
     "deep-lora compressed, exact start": (
         "llama",
-        lambda: rw.recipes.deep_lora(rank=4, variant="compressed", gamma=1.0, exact_zero=True, alpha=3),
+        lambda: rw.recipes.deep_lora(rank=4, variant="compressed", gamma=1.0, exact_zero=True, alpha=3, epsilon=0.1),
         "RANKWISE",
     ),
     "deep-lora with frozen frames": ("gpt2", lambda: rw.recipes.deep_lora(rank=5, variant="compressed", gamma=0, epsilon=0.2), "RANKWISE"),
