@@ -299,7 +299,7 @@ def test_wide_gradient_descent_stays_in_the_frames(epsilon: float) -> None:
         (one, _, _), losses = descend_wide(start, target, 0.2, steps)
         kept, original = one @ outside, start[0] @ outside
         c = float((kept * original).sum() / original.square().sum())
-        assert float((kept - c * original).norm() / original.norm()) < 1e-12
+        assert float((kept - c * original).norm() / one.norm()) < 1e-13  # of the size of the rounding of W_1
     assert losses[-1] < 1e-3 * losses[0]  # it has long left its start
     # and any other frames will not do
     other = frame(40, 6, rng(9))
