@@ -43,6 +43,11 @@ ABOUT: dict[str, About] = {
         "Take it when activations are what fills the memory: only the thin projection is kept for the backward.",
         "Trains rank * out numbers a site, and keeps rank instead of in numbers per token.",
     ),
+    "lora-pro": About(
+        "LoRA whose two gradients are replaced by the pair of steps that together move the weight most like full fine-tuning.",
+        "Take it where LoRA stays behind full fine-tuning; adam_space: weight is nearest to it, where its moments fit.",
+        "Rank-sized algebra each step; in weight space two averages of the size of every adapted weight, as full fine-tuning keeps.",
+    ),
     "dora": About(
         "LoRA moves the direction of each weight row, and a trained length scales the row.",
         "Take it at small ranks, or where LoRA stays behind full fine-tuning.",

@@ -366,6 +366,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         "its statistics are those of the weight before it was quantized, once; use iterations=1",
         lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
     ),
+    Forbidden(
+        "gradient=lora-pro",
+        "update other than lora",
+        "the equivalent gradient is the closed form for one pair without a core; use update='lora'",
+        _both(_is("gradient", "lora-pro"), lambda recipe: recipe.update.name != "lora"),
+    ),
+    Forbidden(
+        "gradient=lora-pro",
+        "down and up frozen",
+        "their gradients are what is adjusted, and neither would train; unfreeze one, or use gradient='plain'",
+        _both(_is("gradient", "lora-pro"), _frozen("down", "up")),
+    ),
 )
 
 

@@ -228,6 +228,8 @@ ROWS: list[dict[str, Any]] = [
     {"init": "pissa", "frozen": {"down", "up"}},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
+    {"update": "moslora", "gradient": "lora-pro"},
+    {"gradient": "lora-pro", "frozen": {"down", "up"}, "gain": "dora", "init": "pissa"},
 ]
 
 
