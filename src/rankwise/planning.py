@@ -100,14 +100,18 @@ class Plan:
         AdamW's two moments, and what the recipe's rule for gradients and its schedule keep beside them."""
         element = self.sites[0].element
         master, trained = max(4, element), self.trained_parameters
-        kept = sum(axis.state_bytes(self.recipe, self.sites) for axis in (self.recipe.gradient, self.recipe.schedule))
+        state = sum(axis.state_bytes(self.recipe, self.sites) for axis in (self.recipe.gradient, self.recipe.schedule))
+        schedule = self.recipe.schedule
+        kept = schedule.rewrites_base and schedule.original == "keep"
+        original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
         return {
             "base weights": self.base_bytes,
             **({"dequantized weight": self.workspace} if self.workspace else {}),
+            **({"original weights (on the CPU)": original} if original else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
             "AdamW moments": 2 * master * (trained - self._direct_numbers),
-            **({"state of the method": kept} if kept else {}),
+            **({"state of the method": state} if state else {}),
         }
 
     def saved_bytes_per_token(self, element: int = 2) -> int:
@@ -207,10 +211,10 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) in tied:
             others = ", ".join(other for other in tied[id(weight)] if other != name)
-            if recipe.base == "fold":
-                raise TargetError(
-                    f"{name} shares its weight with {others}, which base='fold' would change too; use base='keep' or exclude it"
-                )
+            if recipe.base == "fold" or recipe.schedule.rewrites_base:
+                what = f"schedule={recipe.schedule.name!r}" if recipe.schedule.rewrites_base else "base='fold'"
+                instead = "" if recipe.schedule.rewrites_base else "use base='keep' or "
+                raise TargetError(f"{name} shares its weight with {others}, which {what} would change too; {instead}exclude it")
             notes.append(f"{name} shares its weight with {others}; merging will give {name} a weight of its own")
         group = group_of(name) if groups[group_of(name)] > 1 else ""
         size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -225,7 +229,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
     recipe.schedule.check(sites)
-    if recipe.base == "fold":
+    if recipe.schedule.rewrites_base:
+        notes.append(_rewriting_note(recipe))
+    elif recipe.base == "fold":
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.init.calibration is not None:
         notes.append(calibration_note(recipe.init.calibration, sites))
@@ -246,6 +252,14 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         base.held,
         base.workspace,
     )
+
+
+def _rewriting_note(recipe: Recipe) -> str:
+    name = recipe.schedule.name
+    said = f"schedule={name!r} writes into the base weights while training, and an adapter file holds them"
+    if recipe.schedule.original == "keep":
+        return f"{said}; their originals are kept on the CPU, so disabled() and unadapt() give the base back bit for bit"
+    return f"{said}; their originals are dropped (original='drop'), so disabled() and unadapt() are refused once a step was taken"
 
 
 class _Base(NamedTuple):
@@ -352,8 +366,12 @@ def _last_match(patterns: Mapping[str, float], name: str, default: float) -> flo
 def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
     if kind != "embedding":
         return
+    if recipe.schedule.rewrites_base:
+        raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
     if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.init.moves_base or recipe.gradient.name == "lora-fa":
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
+    if "down" in recipe.frozen_roles:
+        raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")
     if recipe.dropout:
         raise TargetError(f"{name} is an embedding, whose token ids cannot be dropped; use dropout=0 or exclude it")
 
