@@ -391,6 +391,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         "it gives directions without a size, which would start as a large update; use update='deep-lora', or init='lora-ga'",
         lambda recipe: recipe.init.gives_frames and not recipe.update.own_start,
     ),
+    Forbidden(
+        "gradient=lora-pro",
+        "update other than lora",
+        "the equivalent gradient is the closed form for one pair without a core; use update='lora'",
+        _both(_is("gradient", "lora-pro"), lambda recipe: recipe.update.name != "lora"),
+    ),
+    Forbidden(
+        "gradient=lora-pro",
+        "down and up frozen",
+        "their gradients are what is adjusted, and neither would train; unfreeze one, or use gradient='plain'",
+        _both(_is("gradient", "lora-pro"), _frozen("down", "up")),
+    ),
 )
 
 
