@@ -27,37 +27,49 @@ def dynamic_levels(signed: bool) -> Tensor:
     return torch.tensor(sorted(found))
 
 
+@lru_cache(maxsize=8)
+def code_table(signed: bool) -> Tensor:
+    """Code of the nearest level for each of the 65,536 bf16 numbers, by its bits. Looking up is many times faster than searching, and
+    rounding to bf16 first moves a number by a 256th at most, less than a third of the distance between two levels.
+
+    Without a sign, what is not zero never gets the code of zero: it may be what is divided by.
+    """
+    levels = dynamic_levels(signed)
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float().nan_to_num(0.0)
+    codes = torch.bucketize(numbers.clamp(-1, 1), (levels[1:] + levels[:-1]) / 2)
+    if not signed:
+        codes = torch.where(numbers > 0, codes.clamp_min(1), codes)
+    return codes.to(torch.uint8)
+
+
 class Coded:
     """A matrix in 8 bits."""
 
     def __init__(self, rows: int, width: int, device: torch.device, signed: bool) -> None:
-        self.levels = dynamic_levels(signed).to(device)
-        self.middles = (self.levels[1:] + self.levels[:-1]) / 2
-        self.zero = int((self.levels == 0).nonzero())
-        self.signed = signed
-        self.codes = torch.full((rows, width), self.zero, device=device, dtype=torch.uint8)
+        levels = dynamic_levels(signed)
+        self.levels, self.table = levels.to(device), code_table(signed).to(device)
+        self.codes = torch.full((rows, width), int((levels == 0).nonzero()), device=device, dtype=torch.uint8)
         self.scales = torch.zeros(rows, -(-width // BLOCK), device=device)
 
     def read(self, rows: slice) -> Tensor:
         """Some rows, (rows, width) fp32."""
         codes = self.codes[rows]
-        return self.levels[codes.int()].mul_(self._spread(self.scales[rows]))
+        found = self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        return found.mul_(self._spread(self.scales[rows]))
 
     def write(self, rows: slice, values: Tensor) -> None:
-        """Replaces some rows. Without a sign, what is not zero never becomes zero: it may be what is divided by."""
-        width, padding = values.shape[1], self.scales.shape[1] * BLOCK - values.shape[1]
-        blocks = torch.nn.functional.pad(values, (0, padding)).view(len(values), -1, BLOCK)
-        scales = blocks.abs().amax(2)  # (rows, blocks)
+        """Replaces some rows."""
+        padding = self.scales.shape[1] * BLOCK - values.shape[1]
+        blocks = torch.nn.functional.pad(values, (0, padding)) if padding else values
+        scales = blocks.view(len(values), -1, BLOCK).abs().amax(2)  # (rows, blocks)
         self.scales[rows] = scales
-        ratios = values / self._spread(torch.where(scales > 0, scales, 1.0))
-        codes = torch.bucketize(ratios, self.middles.to(ratios.dtype), out_int32=True)
-        if not self.signed:
-            codes = torch.where(values > 0, codes.clamp_min(self.zero + 1), codes)
-        self.codes[rows] = codes.to(torch.uint8)[:, :width]
+        ratios = (values / self._spread(torch.where(scales > 0, scales, 1.0))).to(torch.bfloat16)
+        bits = ratios.view(torch.int16).int().bitwise_and_(0xFFFF)
+        self.codes[rows] = self.table.index_select(0, bits.flatten()).view(bits.shape)
 
     def _spread(self, scales: Tensor) -> Tensor:
         """One number per element, (rows, width)."""
-        return scales.repeat_interleave(BLOCK, 1)[:, : self.codes.shape[1]]
+        return scales[:, :, None].expand(-1, -1, BLOCK).reshape(len(scales), -1)[:, : self.codes.shape[1]]
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be kept."""
