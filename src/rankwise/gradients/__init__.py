@@ -6,7 +6,8 @@ from rankwise.gradients.lora_fa import LoraFa
 from rankwise.gradients.lora_plus import LoraPlus
 from rankwise.gradients.lora_pro import LoraPro
 from rankwise.gradients.plain import Plain
+from rankwise.gradients.role_rates import RoleRates
 
-GRADIENTS: dict[str, type[GradientRule]] = {rule.name: rule for rule in (Plain, LoraPlus, LoraFa, LoraPro)}
+GRADIENTS: dict[str, type[GradientRule]] = {rule.name: rule for rule in (Plain, LoraPlus, LoraFa, RoleRates, LoraPro)}
 
-__all__ = ["GRADIENTS", "DirectSteps", "GradientRule", "LoraFa", "LoraPlus", "LoraPro", "Plain"]
+__all__ = ["GRADIENTS", "DirectSteps", "GradientRule", "LoraFa", "LoraPlus", "LoraPro", "Plain", "RoleRates"]
