@@ -78,7 +78,7 @@ def lora_pro(
     bound off the steps (cap).
     """
     rule = LoraPro(adam_space, x, None if paper_exact else cap, ridge, decay, beta1, beta2, eps, states, tile)
-    lr, bracket = (2e-4, (5e-5, 2e-3)) if adam_space == "factor" else (2e-5, (5e-6, 5e-4))
+    lr, bracket = (2e-4, (5e-5, 2e-3)) if adam_space == "factor" else (2e-5, (5e-6, 2e-3))
     return _recipe(fields, name="lora-pro", gradient=rule, lr=lr, lr_bracket=bracket)
 
 
