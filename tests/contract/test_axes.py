@@ -228,6 +228,12 @@ ROWS: list[dict[str, Any]] = [
     {"init": "pissa", "frozen": {"down", "up"}},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "gain": "dora"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "storage": "nf4"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "update": Routed()},
+    {"schedule": "rosa", "init": "rosa"},
+    {"schedule": "rosa", "init": "corda", "base": "fold"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "gradient": "lora-plus"},
 ]
 
 
