@@ -78,10 +78,8 @@ class Slice(Init):
             index = positions(self.mode, min(wide.shape), site.rank, generator, place, self.covering)
             u = fix_signs(left_vectors(wide, index.to(wide.device), self.factorization))
             begun = projected(wide, u, (u.T @ wide).norm(dim=1), site.scaling, balance)
-        assert begun.down is not None
-        assert begun.up is not None
         # in the weight's own precision, so that what is taken out of a 16-bit weight is what its forward adds
-        down, up = (tensor.to(weight.dtype).to(wide.dtype) for tensor in begun[:2])
+        down, up = (None if tensor is None else tensor.to(weight.dtype).to(wide.dtype) for tensor in (begun.down, begun.up))
         return Beginning(down, up, begun.notes)
 
 

@@ -32,8 +32,8 @@ class Rounds(Schedule):
         does not fill another. At least one of the two must be None.
     total_steps: steps of the run; None takes what the loop or `rankwise.optimizer(total_steps=...)` says. Not needed with an interval:
         then the run may also end with a round that has just begun, which changes nothing.
-    ledger: keep what was folded as low-rank pairs on the CPU: adapter files hold these instead of base weights, and `export_lora` writes the
-        exact plain LoRA. False for very many rounds.
+    ledger: keep what was folded as low-rank pairs on the CPU: adapter files hold these instead of base weights, and `export_lora` writes
+        the exact plain LoRA. False for very many rounds.
     master: 'fp32' sums W up in an fp32 copy on the CPU, so that the roundings of a 16-bit base do not add up over the rounds.
     original: 'keep' the original weights on the CPU, or 'drop' them.
     """
