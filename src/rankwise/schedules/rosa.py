@@ -141,13 +141,12 @@ class Refactoring(Running):
         from rankwise.inits import site_generator
 
         self.round += 1
-        lost, sizes = [], []
+        lost, size = torch.zeros_like(self.lost), torch.zeros_like(self.size)
         for name, module in self.sites.items():  # one layer at a time: one dense weight and its decomposition
             begin = partial(self.init.again, module.site, seed=self.seed, number=self.round)
-            lost.append(renew(module, begin, site_generator(self.seed, name, f"update {self.round}")))
-            sizes.append(torch.linalg.vector_norm(module.storage.read(module.base_layer), dtype=torch.float32).square())
-        self.lost = self.lost + torch.stack(lost).sum().to("cpu", torch.float64)
-        self.size = torch.stack(sizes).sum().to("cpu", torch.float64)
+            lost += renew(module, begin, site_generator(self.seed, name, f"update {self.round}")).cpu()
+            size += module.storage.read(module.base_layer).norm(dtype=torch.promote_types(module.weight.dtype, torch.float32)).cpu() ** 2
+        self.lost, self.size = self.lost + lost, size
         return Change(reset=[parameter for module in self.sites.values() for parameter in module.update.parameters()])
 
     def _begins(self, step: int) -> bool:
