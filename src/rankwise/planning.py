@@ -81,7 +81,7 @@ class Plan:
         for site in self.sites:
             slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
             count += sum(slot.numel for slot in slots.values() if not slot.trains(self.recipe.frozen_roles))
-            if self.recipe.init.moves_base:
+            if self.recipe.moves_base:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
@@ -137,7 +137,7 @@ class Plan:
         branch. Products over the tokens only; work on the factors alone does not grow with them."""
         base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
         trained = self.recipe.update.roles - self.recipe.frozen_roles
-        start = 4 if self.recipe.init.moves_base and self.recipe.base == "keep" else 0
+        start = 4 if self.recipe.moves_base and self.recipe.base == "keep" else 0
         projected: set[str] = set()
         branch = 0
         for site in self.sites:
@@ -192,7 +192,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             raise TargetError(f"{name} is one module under several paths ({paths}); an adapter would act at all of them; exclude it")
         width_in, width_out = widths_of(module)
         rank = int(_last_match(recipe.rank_pattern, name, recipe.rank)) if recipe.update.name != "none" else 0
-        alpha = _last_match(recipe.alpha_pattern, name, 2.0 * recipe.rank if recipe.alpha is None else recipe.alpha)
+        alpha = _last_match(recipe.alpha_pattern, name, recipe.alpha_of(rank))
         asked, rank = rank, recipe.schedule.bound(rank, min(width_in, width_out))
         if rank < asked:
             notes.append(f"{name} takes rank {rank} instead of {asked}: schedule={recipe.schedule.name!r} leaves no more there")
@@ -230,6 +230,11 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.init.calibration is not None:
         notes.append(calibration_note(recipe.init.calibration, sites))
+    if recipe.update.start_size:
+        notes.append(
+            f"the update starts at a size of {recipe.update.start_size:g} (spectral norm) and not at zero, so the start is the base "
+            "to about that; exact_zero=True subtracts it"
+        )
     if recipe.gain.name == "propulsion" and any(site.has_bias for site in sites):
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:
@@ -364,7 +369,7 @@ def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
         return
     if recipe.schedule.rewrites_base:
         raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
-    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.init.moves_base or recipe.gradient.name == "lora-fa":
+    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.moves_base or recipe.gradient.name == "lora-fa":
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
     if "down" in recipe.frozen_roles:
         raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")

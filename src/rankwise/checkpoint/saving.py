@@ -118,7 +118,7 @@ def _about(
     if recipe.base == "fold":
         notes.append("the factors and their start stand against the original base; loading folds the start into it again")
     rounds = {name: {"rounds": len(module.ledger)} for name, module in adapted_sites(model).items() if module.ledger is not None}
-    start = None if not recipe.init.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
+    start = None if not recipe.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
     return {
         "format_version": FORMAT_VERSION,
         "rankwise_version": __version__,
