@@ -124,6 +124,10 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
         "RANKWISE",
     ),
     "deep-lora with frozen frames": ("gpt2", lambda: rw.recipes.deep_lora(rank=5, variant="compressed", gamma=0, epsilon=0.2), "RANKWISE"),
+    "rosa": ("llama", _named("rosa"), "RANKWISE"),
+    "rosa without a ledger": ("llama", lambda: rw.recipes.rosa(rank=4, ledger=False), "RANKWISE"),
+    "rosa with a master": ("llama", lambda: rw.recipes.rosa(rank=4, master="fp32"), "RANKWISE"),
+    "gpt2 rosa": ("gpt2", _named("rosa"), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),

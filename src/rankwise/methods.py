@@ -103,6 +103,11 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "rosa": About(
+        "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
+        "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
+        "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
+    ),
 }
 
 

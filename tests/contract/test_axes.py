@@ -237,6 +237,12 @@ ROWS: list[dict[str, Any]] = [
     {"init": "deep-lora"},
     {"update": "moslora", "gradient": "lora-pro"},
     {"gradient": "lora-pro", "frozen": {"down", "up"}, "gain": "dora", "init": "pissa"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "gain": "dora"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "storage": "nf4"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "update": Routed()},
+    {"schedule": "rosa", "init": "rosa"},
+    {"schedule": "rosa", "init": "corda", "base": "fold"},
+    {"schedule": "rosa", "init": "rosa", "base": "fold", "gradient": "lora-plus"},
 ]
 
 
