@@ -14,6 +14,10 @@ _HOME = {
     "Plan": "rankwise.planning",
     "plan": "rankwise.planning",
     "summary": "rankwise.planning",
+    "Importance": "rankwise.importance",
+    "allocate": "rankwise.importance",
+    "measure": "rankwise.importance",
+    "probe": "rankwise.probing",
     "adapt": "rankwise.adapting",
     "disabled": "rankwise.adapting",
     "reference": "rankwise.adapting",
@@ -28,18 +32,22 @@ _HOME = {
 }
 
 __all__ = [
+    "Importance",
     "Plan",
     "RankwiseError",
     "Recipe",
     "Targets",
     "__version__",
     "adapt",
+    "allocate",
     "attach",
     "disabled",
     "load",
+    "measure",
     "merge",
     "optimizer",
     "plan",
+    "probe",
     "recipes",
     "reference",
     "save",
@@ -53,8 +61,10 @@ if TYPE_CHECKING:
     from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
+    from rankwise.importance import Importance, allocate, measure
     from rankwise.optim import attach, optimizer
     from rankwise.planning import Plan, plan, summary
+    from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets
 
 

@@ -93,6 +93,11 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "lora-drop": About(
+        "A short probe measures what each site's LoRA puts out; sites that matter keep their own, the others of a kind share one.",
+        "Take it when fewer trained and stored numbers are wanted at LoRA's quality, and not every layer needs its own adapter.",
+        "A short training of all adapters on a tenth of the rows first; then LoRA's arithmetic with fewer numbers (drop='remove': less).",
+    ),
 }
 
 

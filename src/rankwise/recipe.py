@@ -366,6 +366,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         "its statistics are those of the weight before it was quantized, once; use iterations=1",
         lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
     ),
+    Forbidden(
+        "schedule=lora-drop",
+        "update=none or vera",
+        "sites share the pair of an update, and there is none, or all share one already; use update='lora' or another",
+        _both(_is("schedule", "lora-drop"), _is("update", "none", "vera")),
+    ),
+    Forbidden(
+        "schedule=lora-drop",
+        "an update whose core depends on the token",
+        "the output's energy follows from rank-sized sums only where the core is constant; use update='lora' or another",
+        _both(_is("schedule", "lora-drop"), _token_core),
+    ),
 )
 
 

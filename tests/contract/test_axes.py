@@ -228,6 +228,8 @@ ROWS: list[dict[str, Any]] = [
     {"init": "pissa", "frozen": {"down", "up"}},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
+    {"schedule": "lora-drop", "update": "vera", "init": "own"},
+    {"schedule": "lora-drop", "update": Routed()},
 ]
 
 

@@ -1,9 +1,23 @@
 """Schedule axis: when do rank, mask, subspace or structure change?"""
 
 from rankwise.schedules.adalora import AdaLoraBudget
-from rankwise.schedules.base import Change, Event, Moment, Running, Schedule, Sliced
+from rankwise.schedules.base import Allocation, Change, Event, Moment, Running, Sample, Schedule, Sliced
+from rankwise.schedules.lora_drop import LoraDrop
 from rankwise.schedules.none import Constant
 
-SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget)}
+SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget, LoraDrop)}
 
-__all__ = ["SCHEDULES", "AdaLoraBudget", "Change", "Constant", "Event", "Moment", "Running", "Schedule", "Sliced"]
+__all__ = [
+    "SCHEDULES",
+    "AdaLoraBudget",
+    "Allocation",
+    "Change",
+    "Constant",
+    "Event",
+    "LoraDrop",
+    "Moment",
+    "Running",
+    "Sample",
+    "Schedule",
+    "Sliced",
+]
