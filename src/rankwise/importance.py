@@ -83,7 +83,7 @@ class Importance:
             if not any(shares.values()):
                 kept.update(shares)
             for name, share in sorted(shares.items(), key=lambda item: -item[1]):  # stable
-                if total >= Fraction(threshold):
+                if total >= Fraction(str(threshold)):  # the decimal number that was written
                     break
                 total += share
                 kept.add(name)
@@ -257,6 +257,7 @@ def gather(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Grams:
     return grams
 
 
+@torch.no_grad()
 def report(model: nn.Module, grams: Grams, steps: int = 0) -> Importance:
     """The energies behind the sums, from the factors as they stand.
 

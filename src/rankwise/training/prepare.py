@@ -149,8 +149,8 @@ def stratified(strata: list[str], share: float, seed: str) -> list[int]:
         members.setdefault(stratum, []).append(index)
     wanted = {name: share * len(rows) for name, rows in members.items()}
     counts = {name: max(1, int(want)) for name, want in wanted.items()}
-    # what rounding down has left over goes to the largest remainders
-    for name in sorted(wanted, key=lambda name: int(wanted[name]) - wanted[name]):
+    # what rounding down has left over goes to those that lack most
+    for name in sorted(wanted, key=lambda name: counts[name] - wanted[name]):
         if sum(counts.values()) >= round(share * len(strata)):
             break
         counts[name] = min(counts[name] + 1, len(members[name]))
