@@ -859,3 +859,27 @@ def test_sums_add_up_and_leave_their_terms_alone() -> None:
     assert both.sums["b"].sum() == 4
     assert one.sums["a"].sum() == two.sums["a"].sum() == 4
     assert one.reduced(["a"]) is one
+
+
+def _blocks(language: str) -> list[str]:
+    text = (Path(__file__).parents[1] / "docs" / "methods" / "lora-drop.md").read_text()
+    return [part.split("```")[0] for part in text.split(f"```{language}\n")[1:]]
+
+
+def test_the_python_example_of_the_docs_runs() -> None:
+    (example,) = _blocks("python")
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert any(site.owner for site in names["plan"].sites)
+    assert sum(p.numel() for p in names["model"].parameters() if p.requires_grad) == names["plan"].trained_parameters
+
+
+@pytest.mark.slow  # twenty steps of MiniLM
+def test_the_yaml_example_of_the_docs_runs(tmp_path: Path) -> None:
+    from rankwise.training.config import load_config
+    from rankwise.training.run import train
+
+    (example,) = _blocks("yaml")
+    (tmp_path / "config.yaml").write_text(example)
+    done = train(load_config(tmp_path / "config.yaml", [f"output={tmp_path / 'run'}"]), console=silent_console())
+    assert json.loads((done.run / "importance.json").read_text())["owners"]

@@ -61,10 +61,11 @@ class LoraDrop(Schedule):
 
     def note(self, sites: Sequence[Site]) -> str:
         then = "share one update" if self.drop == "share" else "have none"
+        warm = "; kept sites go on from the probe's values, so training does not begin at the base" if self.warm else ""
         return (
             f"a probe runs before training, on a share of {self.share:g} of the training rows, with all the adapters of this table; then "
             f"those sites of one type and shape that are not needed for {self.threshold:.3g} of the output {then}: the numbers here are "
-            "upper bounds"
+            f"upper bounds{warm}"
         )
 
     def allocate(
