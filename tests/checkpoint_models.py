@@ -124,6 +124,13 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
     "adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
+    "deep-lora": ("llama", _named("deep-lora"), "RANKWISE"),
+    "deep-lora compressed, exact start": (
+        "llama",
+        lambda: rw.recipes.deep_lora(rank=4, variant="compressed", gamma=1.0, exact_zero=True, alpha=3, epsilon=0.1),
+        "RANKWISE",
+    ),
+    "deep-lora with frozen frames": ("gpt2", lambda: rw.recipes.deep_lora(rank=5, variant="compressed", gamma=0, epsilon=0.2), "RANKWISE"),
     "lora-drop": ("deep llama", lambda: rw.recipes.lora_drop(rank=4, threshold=0.3), "RANKWISE"),
     "lora-drop that removes": ("deep llama", lambda: rw.recipes.lora_drop(rank=4, threshold=0.3, drop="remove"), "LORA"),
     "lora-drop dora on pissa": (

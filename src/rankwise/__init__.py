@@ -26,12 +26,15 @@ _HOME = {
     "unadapt": "rankwise.adapting",
     "optimizer": "rankwise.optim",
     "attach": "rankwise.optim",
+    "GaLore": "rankwise.galore",
+    "galore_groups": "rankwise.galore",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
     "RankwiseError": "rankwise.errors",
 }
 
 __all__ = [
+    "GaLore",
     "Importance",
     "Plan",
     "RankwiseError",
@@ -42,6 +45,7 @@ __all__ = [
     "allocate",
     "attach",
     "disabled",
+    "galore_groups",
     "load",
     "measure",
     "merge",
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
+    from rankwise.galore import GaLore, galore_groups
     from rankwise.importance import Importance, allocate, measure
     from rankwise.optim import attach, optimizer
     from rankwise.planning import Plan, plan, summary

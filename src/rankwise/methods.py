@@ -83,6 +83,11 @@ ABOUT: dict[str, About] = {
         "Take it when very many adapters must be stored; it wants a high rank and a high learning rate.",
         "Trains rank + out numbers a site; the shared pair is drawn again from its seed and need not be stored.",
     ),
+    "deep-lora": About(
+        "The update is a product of three small orthogonal factors instead of two, which makes training grow few directions only.",
+        "Take it when rows are few, or when no rank should have to be chosen; variant=compressed asks one gradient for its directions.",
+        "Trains rank * rank numbers a site more than LoRA (3 rank * rank if compressed, with gamma=0 these alone); merged it costs nothing.",
+    ),
     "propulsion": About(
         "Every output of a site is multiplied by a trained power; there are no factors.",
         "Take it when next to nothing may be trained.",
@@ -141,7 +146,7 @@ def describe(name: str) -> str:
     lines += ["", f"Options under method: {{name: {name}, ...}}"]
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
-    alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+    alpha = recipe.alpha_of(recipe.rank)
     lines.append(
         f"  and of every recipe: rank = {recipe.rank}, alpha = {alpha:g}, scaling = {recipe.scaling!r}, dropout = {recipe.dropout:g},"
     )

@@ -85,7 +85,7 @@ class Plan:
         for site in self.sites:
             slots = own_slots(self.recipe, site)
             count += sum(slot.numel for slot in slots.values() if not slot.trains(self.recipe.frozen_roles))
-            if self.recipe.init.moves_base and not site.owner:
+            if self.recipe.moves_base and not site.owner:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
@@ -97,9 +97,13 @@ class Plan:
         AdamW's two moments."""
         element = self.sites[0].element
         master, trained = max(4, element), self.trained_parameters
+        schedule = self.recipe.schedule
+        kept = schedule.rewrites_base and schedule.original == "keep"
+        original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
         return {
             "base weights": self.base_bytes,
             **({"dequantized weight": self.workspace} if self.workspace else {}),
+            **({"original weights (on the CPU)": original} if original else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
             "AdamW moments": 2 * master * trained,
@@ -136,7 +140,7 @@ class Plan:
         branch. Products over the tokens only; work on the factors alone does not grow with them."""
         base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
         trained = self.recipe.update.roles - self.recipe.frozen_roles
-        start = 4 if self.recipe.init.moves_base and self.recipe.base == "keep" else 0
+        start = 4 if self.recipe.moves_base and self.recipe.base == "keep" else 0
         projected: set[str] = set()
         branch = 0
         for site in self.sites:
@@ -176,7 +180,7 @@ class Plan:
             left = f", {len(removed)} have none" if removed else ""
             notes.append(
                 f"importance: of {len(self.sites)} sites {len(there) - len(owners) - shared} have an update of their own, "
-                f"{len(owners) + shared} use {shared} shared ones{left}"
+                f"{len(owners) + shared} share {shared}{left}"
             )
             notes += [f"importance: the probe left no output at {group}, so all of it keeps its own" for group in importance.silent]
         made = replace(self, sites=tuple(sites), notes=tuple(notes), importance=importance)
@@ -232,7 +236,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             raise TargetError(f"{name} is one module under several paths ({paths}); an adapter would act at all of them; exclude it")
         width_in, width_out = widths_of(module)
         rank = int(_last_match(recipe.rank_pattern, name, recipe.rank)) if recipe.update.name != "none" else 0
-        alpha = _last_match(recipe.alpha_pattern, name, 2.0 * recipe.rank if recipe.alpha is None else recipe.alpha)
+        alpha = _last_match(recipe.alpha_pattern, name, recipe.alpha_of(rank))
         if recipe.update.rank_bounded and rank > min(width_in, width_out):
             raise RecipeError(
                 f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: the extra factors would be redundant; "
@@ -243,10 +247,10 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) in tied:
             others = ", ".join(other for other in tied[id(weight)] if other != name)
-            if recipe.base == "fold":
-                raise TargetError(
-                    f"{name} shares its weight with {others}, which base='fold' would change too; use base='keep' or exclude it"
-                )
+            if recipe.base == "fold" or recipe.schedule.rewrites_base:
+                what = f"schedule={recipe.schedule.name!r}" if recipe.schedule.rewrites_base else "base='fold'"
+                instead = "" if recipe.schedule.rewrites_base else "use base='keep' or "
+                raise TargetError(f"{name} shares its weight with {others}, which {what} would change too; {instead}exclude it")
             notes.append(f"{name} shares its weight with {others}; merging will give {name} a weight of its own")
         group = group_of(name) if groups[group_of(name)] > 1 else ""
         size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -263,10 +267,17 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     recipe.schedule.check(sites)
     if forecast := recipe.schedule.note(sites):
         notes.append(forecast)
-    if recipe.base == "fold":
+    if recipe.schedule.rewrites_base:
+        notes.append(_rewriting_note(recipe))
+    elif recipe.base == "fold":
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.init.calibration is not None:
         notes.append(calibration_note(recipe.init.calibration, sites))
+    if recipe.update.start_size:
+        notes.append(
+            f"the update starts at a size of {recipe.update.start_size:g} (spectral norm) and not at zero, so the start is the base "
+            "to about that; exact_zero=True subtracts it"
+        )
     if recipe.gain.name == "propulsion" and any(site.has_bias for site in sites):
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:
@@ -284,6 +295,14 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         base.held,
         base.workspace,
     )
+
+
+def _rewriting_note(recipe: Recipe) -> str:
+    name = recipe.schedule.name
+    said = f"schedule={name!r} writes into the base weights while training, and an adapter file holds them"
+    if recipe.schedule.original == "keep":
+        return f"{said}; their originals are kept on the CPU, so disabled() and unadapt() give the base back bit for bit"
+    return f"{said}; their originals are dropped (original='drop'), so disabled() and unadapt() are refused once a step was taken"
 
 
 class _Base(NamedTuple):
@@ -390,8 +409,12 @@ def _last_match(patterns: Mapping[str, float], name: str, default: float) -> flo
 def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
     if kind != "embedding":
         return
-    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.init.moves_base or recipe.gradient.name == "lora-fa":
+    if recipe.schedule.rewrites_base:
+        raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
+    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.moves_base or recipe.gradient.name == "lora-fa":
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
+    if "down" in recipe.frozen_roles:
+        raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")
     if recipe.dropout:
         raise TargetError(f"{name} is an embedding, whose token ids cannot be dropped; use dropout=0 or exclude it")
 

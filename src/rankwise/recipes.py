@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from rankwise.errors import RecipeError
 from rankwise.gains import Dora, Propulsion
-from rankwise.gradients import LoraFa, LoraPlus, Plain
-from rankwise.inits import Corda, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
+from rankwise.gradients import LoraFa, LoraPlus, Plain, RoleRates
+from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
 from rankwise.schedules import AdaLoraBudget, LoraDrop
 from rankwise.storage import NF4
-from rankwise.updates import Mixer, NoUpdate, Svd, Vera
+from rankwise.updates import Deep, Mixer, NoUpdate, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -161,6 +161,44 @@ def adalora(
     return _recipe(fields, name="adalora", update=Svd(start), init=Own(), schedule=schedule, lr=1e-3, lr_bracket=(2e-4, 5e-3))
 
 
+def deep_lora(
+    variant: Literal["narrow", "compressed"] = "narrow",
+    depth: int = 3,
+    epsilon: float = 1e-3,
+    gamma: float | None = None,
+    frames: Literal["random", "identity"] | None = None,
+    repo_exact: bool = False,
+    exact_zero: bool = False,
+    estimate: Literal["full", "sketch"] = "full",
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 64,
+    **fields: Any,
+) -> Recipe:
+    """Deep LoRA (Yaras et al. 2024, arXiv 2406.04112): a product of small orthogonal factors, which learns few directions whatever its
+    rank. 'narrow' is what the published scripts ran; 'compressed' is the paper's method, in the frames of one gradient.
+
+    gamma, frames, repo_exact, estimate, svd and calibration_rows belong to 'compressed': its frames learn at gamma times the rate (1e-2, as
+    in the experiments), and gamma=0 freezes them. The scaling is 1 unless an alpha is given, and epsilon^depth is its start either way.
+    """
+    compressed = variant == "compressed"
+    given = {"gamma": gamma, "frames": frames, "repo_exact": repo_exact or None}
+    if not compressed and (stray := [name for name, value in given.items() if value is not None]):
+        raise RecipeError(f"{stray[0]}={given[stray[0]]!r} belongs to variant='compressed', and variant is {variant!r}; remove it")
+    gamma = 1e-2 if gamma is None else gamma
+    if not 0 <= gamma <= 1:
+        raise RecipeError(f"gamma={gamma!r} must lie between 0 (frozen frames) and 1 (one rate for all); the experiments have 1e-2")
+    defaults: dict[str, Any] = {"update": Deep(variant, depth, epsilon, exact_zero), "init": Own(), "lr": 1e-4, "lr_bracket": (2e-5, 5e-3)}
+    if compressed:
+        defaults |= {
+            "init": DeepFrames(frames or "random", repo_exact, estimate, svd, calibration_rows),
+            "lr": 1e-2,
+            "lr_bracket": (1e-3, 5e-2),
+        }
+        defaults |= {"gradient": RoleRates(down=gamma, up=gamma)} if gamma else {"frozen": frozenset({"down", "up"})}
+    fields.setdefault("rank", 8)
+    return _recipe(fields, name="deep-lora", **defaults)
+
+
 def lora_drop(
     threshold: float = 0.9,
     share: float = 0.1,
@@ -201,5 +239,6 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "vera": vera,
     "propulsion": propulsion,
     "adalora": adalora,
+    "deep-lora": deep_lora,
     "lora-drop": lora_drop,
 }

@@ -79,8 +79,8 @@ def allocation_text(plan: "Plan", width: int = 110) -> str:
     lines = [f"Importance after {report.steps} steps of the probe: sites with an update of their own, and their share of the output"]
     for group, names in report.groups.items():
         mine = sorted((name for name in names if name in own), key=lambda name: -scores[name])
-        listed = ", ".join(f"{name.removesuffix('.' + group.split()[0])} {scores[name]:.2f}" for name in mine[:6])
-        more = f", {len(mine) - 6} more" if len(mine) > 6 else ""
+        listed = ", ".join(f"{name.removesuffix('.' + group.split()[0])} {scores[name]:.2f}" for name in mine[:3])
+        more = f", {len(mine) - 3} more" if len(mine) > 3 else ""
         lines.append(f"  {group}: {len(mine)} of {len(names)} ({sum(scores[name] for name in mine):.2f}): {listed}{more}")
     return "\n".join(lines)
 
@@ -99,9 +99,9 @@ def plan_text(plan: "Plan", width: int = 110) -> str:
     )
     console.print(f"Recipe {recipe.name}: {axes}")
     if recipe.update.scaled:
-        alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+        alpha = recipe.alpha_of(recipe.rank)
         extra = f", frozen {', '.join(sorted(recipe.frozen))}" if recipe.frozen else ""
-        extra += f", base {recipe.base}" if recipe.init.moves_base else ""
+        extra += f", base {recipe.base}" if recipe.moves_base else ""
         console.print(f"rank {recipe.rank}, alpha {alpha:g}, scaling {scale}, dropout {recipe.dropout:g}{extra}")
     elif recipe.update.roles:
         console.print(f"rank {recipe.rank}, dropout {recipe.dropout:g}")

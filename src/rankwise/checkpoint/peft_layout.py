@@ -30,11 +30,12 @@ from rankwise.updates import Site
 
 PREFIX = "base_model.model."
 NATIVE = "RANKWISE"
+BASE_WEIGHT = "base_weight"  # of a site whose schedule writes into its base
 
 
 def is_stacked(recipe: Recipe, peft_type: str) -> bool:
     """Whether the start stands in the second half of the LoRA factors."""
-    return peft_type == "LORA" and recipe.init.moves_base
+    return peft_type == "LORA" and recipe.moves_base
 
 
 # --- which layout ----------------------------------------------------------------------------------------------------------------------
@@ -51,13 +52,15 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
     recipe, sites = record.recipe, record.plan.sites
     heads = [name for name, _ in record.plan.trained_modules]
     wanted = recipe.update.peft_type
+    if recipe.schedule.rewrites_base:
+        return NATIVE, f"schedule={recipe.schedule.name!r} trains the base weights themselves, and the file holds them"
     if wanted is None or recipe.routing.name != "none":
         return NATIVE, f"PEFT has no form of update={recipe.update.name!r} with routing={recipe.routing.name!r}"
     if heads and peft_heads(heads, names) is None:
         return NATIVE, f"PEFT's modules_to_save cannot name {', '.join(heads)} without other modules"
     if recipe.gain.name not in (("none", "dora") if wanted == "LORA" else ("none",)):
         return NATIVE, f"PEFT has no gain={recipe.gain.name!r} over update={recipe.update.name!r}"
-    if recipe.init.moves_base and wanted != "LORA":
+    if recipe.moves_base and wanted != "LORA":
         return NATIVE, f"PEFT has no start of its own over update={recipe.update.name!r}"
     if reason := recipe.update.peft_reason(sites):
         return NATIVE, reason
@@ -83,12 +86,14 @@ def _has_dead_rows(module: AdaptedLinear) -> bool:
 # --- tensors ---------------------------------------------------------------------------------------------------------------------------
 
 
-def collect(module: AdaptedLinear) -> Stored:
-    """The tensors of one adapted site, by slot; references, not copies. Those of another site that it uses are left out."""
+def collect(module: AdaptedLinear, rewrites: bool = False) -> Stored:
+    """The tensors of one adapted site, by slot; references, not copies; those of another site that it uses are left out.
+    With `rewrites` the base weight too."""
     own = module.own_update
     update = {} if own is None else {name: getattr(own, name).detach() for name in own.slots}
     gain = {} if module.gain is None else module.gain.saved()
-    return Stored(update, gain, None if module.offset is None or module.site.owner else module.offset.start())
+    start = None if module.offset is None or module.site.owner else module.offset.start()
+    return Stored(update, gain, start, module.base_weight() if rewrites else None)
 
 
 def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[str, Tensor]:
@@ -101,6 +106,8 @@ def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[s
         tensors[slots["up"].key] = torch.cat([stored.update["up"], -start.up], dim=1)  # (out, 2 rank)
     elif start is not None:
         tensors |= {"start_down": start.down, "start_up": start.up}
+    if stored.weight is not None:
+        tensors[BASE_WEIGHT] = stored.weight
     return {f"{PREFIX}{site.name}.{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -113,8 +120,10 @@ def shapes(site: Site, recipe: Recipe, peft_type: str) -> dict[str, tuple[int, .
     elif is_stacked(recipe, peft_type):
         found[slots["down"].key] = (2 * site.rank, site.in_features)
         found[slots["up"].key] = (site.out_features, 2 * site.rank)
-    elif recipe.init.moves_base:
+    elif recipe.moves_base:
         found |= {"start_down": (site.rank, site.in_features), "start_up": (site.out_features, site.rank)}
+    if recipe.schedule.rewrites_base:
+        found[BASE_WEIGHT] = (site.out_features, site.in_features)
     return {f"{PREFIX}{site.name}.{key}": shape for key, shape in found.items()}
 
 
@@ -132,9 +141,10 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
         down, up = update["down"], update["up"]
         start = Start(down[site.rank :], -up[:, site.rank :])
         update |= {"down": down[: site.rank], "up": up[:, : site.rank]}
-    elif recipe.init.moves_base:
+    elif recipe.moves_base:
         start = Start(tensors[f"{PREFIX}{site.name}.start_down"], tensors[f"{PREFIX}{site.name}.start_up"])
-    return Stored(update, gain, start)
+    weight = tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"] if recipe.schedule.rewrites_base else None
+    return Stored(update, gain, start, weight)
 
 
 def pool_keys(peft_type: str, buffers: Collection[str]) -> dict[str, str]:

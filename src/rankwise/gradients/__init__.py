@@ -4,7 +4,8 @@ from rankwise.gradients.base import GradientRule
 from rankwise.gradients.lora_fa import LoraFa
 from rankwise.gradients.lora_plus import LoraPlus
 from rankwise.gradients.plain import Plain
+from rankwise.gradients.role_rates import RoleRates
 
-GRADIENTS: dict[str, type[GradientRule]] = {rule.name: rule for rule in (Plain, LoraPlus, LoraFa)}
+GRADIENTS: dict[str, type[GradientRule]] = {rule.name: rule for rule in (Plain, LoraPlus, LoraFa, RoleRates)}
 
-__all__ = ["GRADIENTS", "GradientRule", "LoraFa", "LoraPlus", "Plain"]
+__all__ = ["GRADIENTS", "GradientRule", "LoraFa", "LoraPlus", "Plain", "RoleRates"]
