@@ -86,7 +86,7 @@ ABOUT: dict[str, About] = {
     "deep-lora": About(
         "The update is a product of three small orthogonal factors instead of two, which makes training grow few directions only.",
         "Take it when rows are few, or when no rank should have to be chosen; variant=compressed asks one gradient for its directions.",
-        "Trains rank * rank numbers a site more than LoRA (3 rank * rank if compressed, with gamma=0 these alone); merged it costs nothing.",
+        "Trains rank * rank numbers a site more than LoRA (3 rank * rank if compressed, these alone with gamma=0); merged it costs none.",
     ),
     "propulsion": About(
         "Every output of a site is multiplied by a trained power; there are no factors.",
