@@ -309,6 +309,7 @@ COMPOSED: dict[str, Any] = {
     "adalora's triplets": rw.recipes.lora(**FIELDS, update="adalora", init="own"),
     "lora-fa corrected": rw.recipes.lora_fa(variant="corrected", **FIELDS),
     "lora-plus": rw.recipes.lora_plus(**FIELDS),
+    "lora-pro": rw.recipes.lora_pro(**FIELDS),
     "pissa": rw.recipes.pissa(**FIELDS),
     "dora on pissa folded": rw.recipes.pissa(**FIELDS, gain="dora", base="fold"),
     "pissa folded in nf4": rw.recipes.pissa(**FIELDS, base="fold", storage="nf4"),

@@ -43,6 +43,11 @@ ABOUT: dict[str, About] = {
         "Take it when activations are what fills the memory: only the thin projection is kept for the backward.",
         "Trains rank * out numbers a site, and keeps rank instead of in numbers per token.",
     ),
+    "lora-pro": About(
+        "LoRA whose two gradients are replaced by the pair of steps that together move the weight most like full fine-tuning.",
+        "Take it where LoRA stays behind full fine-tuning; adam_space: weight is nearest to it, where its moments fit.",
+        "Rank-sized algebra each step; in weight space two averages of the size of every adapted weight, as full fine-tuning keeps.",
+    ),
     "dora": About(
         "LoRA moves the direction of each weight row, and a trained length scales the row.",
         "Take it at small ranks, or where LoRA stays behind full fine-tuning.",
@@ -86,7 +91,7 @@ ABOUT: dict[str, About] = {
     "deep-lora": About(
         "The update is a product of three small orthogonal factors instead of two, which makes training grow few directions only.",
         "Take it when rows are few, or when no rank should have to be chosen; variant=compressed asks one gradient for its directions.",
-        "Trains rank * rank numbers a site more than LoRA (3 rank * rank if compressed, these alone with gamma=0); merged it costs none.",
+        "Trains rank * rank numbers more a site than LoRA (3 rank * rank if compressed; with gamma=0 only these); merged it costs nothing.",
     ),
     "propulsion": About(
         "Every output of a site is multiplied by a trained power; there are no factors.",

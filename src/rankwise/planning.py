@@ -92,11 +92,19 @@ class Plan:
         return count
 
     @property
+    def _direct_numbers(self) -> int:
+        """Trained numbers whose gradients are steps already, so that the optimizer keeps no moments of them."""
+        frozen, direct = self.recipe.frozen_roles, self.recipe.gradient.direct
+        slots = [slot for site in self.sites for slot in self.recipe.update.slots(site).values()]
+        return sum(slot.numel for slot in slots if slot.role in direct and slot.trains(frozen))
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes, exact: base weights, adapters (fp32 masters, fp64 on an fp64 base; a shared pool in the base's dtype), their gradients,
-        AdamW's two moments."""
+        AdamW's two moments, and what the recipe's rule for gradients and its schedule keep beside them."""
         element = self.sites[0].element
         master, trained = max(4, element), self.trained_parameters
+        state = sum(axis.state_bytes(self.recipe, self.sites) for axis in (self.recipe.gradient, self.recipe.schedule))
         schedule = self.recipe.schedule
         kept = schedule.rewrites_base and schedule.original == "keep"
         original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
@@ -106,7 +114,8 @@ class Plan:
             **({"original weights (on the CPU)": original} if original else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
-            "AdamW moments": 2 * master * trained,
+            "AdamW moments": 2 * master * (trained - self._direct_numbers),
+            **({"state of the method": state} if state else {}),
         }
 
     def saved_bytes_per_token(self, element: int = 2) -> int:

@@ -392,6 +392,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         lambda recipe: recipe.init.gives_frames and not recipe.update.own_start,
     ),
     Forbidden(
+        "gradient=lora-pro",
+        "update other than lora",
+        "the equivalent gradient is the closed form for one pair without a core; use update='lora'",
+        _both(_is("gradient", "lora-pro"), lambda recipe: recipe.update.name != "lora"),
+    ),
+    Forbidden(
+        "gradient=lora-pro",
+        "down and up frozen",
+        "their gradients are what is adjusted, and neither would train; unfreeze one, or use gradient='plain'",
+        _both(_is("gradient", "lora-pro"), _frozen("down", "up")),
+    ),
+    Forbidden(
         "schedule=lora-drop",
         "update=none or vera",
         "sites share the pair of an update, and there is none, or all share one already; use update='lora' or another",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rankwise.errors import RecipeError
 from rankwise.gains import Dora, Propulsion
-from rankwise.gradients import LoraFa, LoraPlus, Plain, RoleRates
+from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
 from rankwise.schedules import AdaLoraBudget, LoraDrop
@@ -56,6 +56,30 @@ def lora_fa(variant: Literal["plain", "corrected"] = "plain", **fields: Any) -> 
     """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): `down` stays frozen. 'plain' is version 1 of the paper, 'corrected' version 2."""
     rule = LoraFa() if variant == "corrected" else Plain()
     return _recipe(fields, name="lora-fa", gradient=rule, init=Orthonormal(), frozen=frozenset({"down"}), lr=4e-4, lr_bracket=(7e-5, 4e-3))
+
+
+def lora_pro(
+    adam_space: Literal["factor", "weight"] = "factor",
+    x: Literal["sylvester", "symmetric", "zero"] = "sylvester",
+    cap: float | None = 0.1,
+    paper_exact: bool = False,
+    ridge: float = 0.0,
+    decay: Literal["adapter", "none"] = "adapter",
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    states: Literal["fp32", "8bit", "factored"] = "fp32",
+    tile: int | None = None,
+    **fields: Any,
+) -> Recipe:
+    """LoRA-Pro (Wang et al. 2024, arXiv 2407.18242): the steps of both factors are those that move the weight most like full fine-tuning.
+
+    adam_space='weight' is the paper's AdamW, with moments as large as the weights and a rate of full fine-tuning. `paper_exact` takes the
+    bound off the steps (cap).
+    """
+    rule = LoraPro(adam_space, x, None if paper_exact else cap, ridge, decay, beta1, beta2, eps, states, tile)
+    lr, bracket = (2e-4, (5e-5, 2e-3)) if adam_space == "factor" else (2e-5, (5e-6, 5e-4))
+    return _recipe(fields, name="lora-pro", gradient=rule, lr=lr, lr_bracket=bracket)
 
 
 def dora(norm_grad: Literal["detached", "full"] = "detached", **fields: Any) -> Recipe:
@@ -229,6 +253,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "qlora": qlora,
     "lora-plus": lora_plus,
     "lora-fa": lora_fa,
+    "lora-pro": lora_pro,
     "dora": dora,
     "pissa": pissa,
     "milora-svd": milora_svd,

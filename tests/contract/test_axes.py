@@ -235,6 +235,8 @@ ROWS: list[dict[str, Any]] = [
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
     {"init": "deep-lora"},
+    {"update": "moslora", "gradient": "lora-pro"},
+    {"gradient": "lora-pro", "frozen": {"down", "up"}, "gain": "dora", "init": "pissa"},
     {"schedule": "lora-drop", "update": "vera", "init": "own"},
     {"schedule": "lora-drop", "update": Routed()},
 ]
