@@ -1,4 +1,4 @@
-"""LoRA-drop beside plain LoRA: the section classifier on MiniLM, one seed, the same steps; and what each threshold would leave.
+"""LoRA-drop beside plain LoRA: the section classifier on MiniLM, short rows, one seed; and what each threshold would leave.
 
     python -m benchmarks.lora_drop [STEPS] [OUTPUT.json]
 
@@ -24,7 +24,8 @@ def main(steps: int, output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for method in ("lora", "lora-drop"):
             root = f"{folder}/{method}"
-            done = train(example, [f"method={method}", f"train.steps={steps}", f"output={root}"])
+            short = ["train.batch_size=16", "train.max_length=32"]
+            done = train(example, [f"method={method}", f"train.steps={steps}", f"output={root}", *short])
             model = open_adapter(root).model
             plan = model.rankwise.plan
             made["runs"][method] = {"adapter_parameters": plan.adapter_parameters, "before": done.before, "after": done.after}
