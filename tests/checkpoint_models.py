@@ -35,8 +35,15 @@ def _base(name: str) -> nn.Module:
     )
 
     torch.manual_seed(11)
-    if name == "llama":
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if name in ("llama", "deep llama"):
+        layers = 2 if name == "llama" else 4
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, initializer_range=0.2, **sizes)).eval()
     if name == "llama of nf4 levels":
         # weights that 4 bits hold exactly, so that a reader with a dense base computes the same
@@ -130,6 +137,18 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "rosa without a ledger": ("llama", lambda: rw.recipes.rosa(rank=4, ledger=False), "RANKWISE"),
     "rosa with a master": ("llama", lambda: rw.recipes.rosa(rank=4, master="fp32"), "RANKWISE"),
     "gpt2 rosa": ("gpt2", _named("rosa"), "RANKWISE"),
+    "lora-drop": ("deep llama", lambda: rw.recipes.lora_drop(rank=4, threshold=0.3), "RANKWISE"),
+    "lora-drop that removes": ("deep llama", lambda: rw.recipes.lora_drop(rank=4, threshold=0.3, drop="remove"), "LORA"),
+    "lora-drop dora on pissa": (
+        "deep llama",
+        lambda: rw.recipes.pissa(rank=4, gain="dora", schedule={"name": "lora-drop", "threshold": 0.3}),
+        "RANKWISE",
+    ),
+    "lora-drop pissa fold": (
+        "deep llama",
+        lambda: rw.recipes.pissa(rank=4, base="fold", schedule={"name": "lora-drop", "threshold": 0.3}),
+        "RANKWISE",
+    ),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),

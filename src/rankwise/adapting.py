@@ -61,22 +61,43 @@ def adapted(model: nn.Module) -> Adapted:
     return record
 
 
-def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, Tensor]] | None = None) -> nn.Module:
+def adapt(model: nn.Module, recipe: Recipe | Plan, calibration: Iterable[Mapping[str, Tensor]] | None = None) -> nn.Module:
     """Puts adapters on a model in place, freezes everything else, and returns the model.
 
     Args:
         model: the base, weights loaded. Dtype and device stay; adapters are fp32 masters (fp64 on an fp64 base) beside their weights.
-        recipe: what to put where.
+        recipe: what to put where; or a plan of this model, such as `allocate` has changed, which is built as it stands.
         calibration: batches (dicts of tensors, as the model takes them; with labels where gradients are needed) for inits that ask for
-            statistics: LoRA-GA, CorDA. Other inits do not read them.
+            statistics (LoRA-GA, CorDA) and schedules that probe (LoRA-drop). Other choices do not read them.
 
     Raises:
-        TargetError, RecipeError: as `plan`.
-        CalibrationError: calibration data that the init needs is missing, too small, or gives statistics that are no numbers.
+        TargetError, RecipeError: as `plan`; a plan of another model.
+        CalibrationError: calibration data that is needed is missing, too small, or gives statistics that are no numbers.
     """
-    made = plan(model, recipe)
-    begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, calibration)
-    return build(model, recipe, made, begun=begun)
+    made = _fitting(model, recipe) if isinstance(recipe, Plan) else plan(model, recipe)
+    recipe = made.recipe
+    batches = None if calibration is None else list(calibration)
+    begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, batches)
+    warm: Mapping[str, Mapping[str, Tensor]] = {}
+    if recipe.schedule.sample is not None and made.importance is None:
+        allocation = recipe.schedule.allocate(model, made, batches, begun)
+        made, warm = allocation.plan, allocation.warm
+    build(model, recipe, made, begun=begun)
+    sites = adapted_sites(model)
+    with torch.no_grad():
+        for name, values in warm.items():
+            for key, value in values.items():
+                sites[name].get_parameter(key).copy_(value)
+    return model
+
+
+def _fitting(model: nn.Module, made: Plan) -> Plan:
+    """The plan, if its sites are among those that its recipe finds in this model."""
+    here = {site.name: site for site in plan(model, made.recipe).sites}
+    for site in made.sites:
+        if site.name not in here or replace(here[site.name], owner=site.owner, rank=site.rank) != site:
+            raise TargetError(f"the plan was made for another model: {site.name} is not as it says; call rankwise.plan on this one")
+    return made
 
 
 def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | None:
@@ -120,10 +141,14 @@ def build(
     record.held_fingerprint = held_fingerprint(modules, made)
     projections = _shared_projections(recipe, made.sites)
     late = set(made.held) if needs_dense(recipe) else set()
-    for position, site in enumerate(made.sites):
+    built: dict[str, AdaptedLinear] = {}
+    for position, site in enumerate(sorted(made.sites, key=lambda site: bool(site.owner))):  # owners first
         layer = modules[site.name]
         given = None if stored is None else stored[site.name]
-        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late)
+        owner = built[site.owner] if site.owner else None
+        adapter = built[site.name] = _adapter(
+            layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late, owner
+        )
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -158,6 +183,7 @@ def _adapter(
     notes: list[str],
     made: Mapping[str, Beginning] | None,
     late_sites: Collection[str],
+    owner: AdaptedLinear | None,
 ) -> AdaptedLinear:
     device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
@@ -167,9 +193,9 @@ def _adapter(
     rewrites = recipe.schedule.rewrites_base
     untouched = storage.read(layer).to("cpu", copy=True) if rewrites and recipe.schedule.original == "keep" else None
     original = storage.read(layer) if late and recipe.gain.needs_original else None
-    update = None
-    offset = None
-    if recipe.update.module is not None:
+    update = None if owner is None else owner.update
+    offset = None if owner is None else owner.offset
+    if owner is None and recipe.update.module is not None:
         update = recipe.update.module(recipe.update, site, recipe.frozen_roles, device, masters, shared)
         if stored is not None:
             update.put(**stored.update)

@@ -108,6 +108,11 @@ ABOUT: dict[str, About] = {
         "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
         "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
     ),
+    "lora-drop": About(
+        "A short probe measures what each site's LoRA puts out; sites that matter keep their own, the others of a kind share one.",
+        "Take it when fewer trained and stored numbers are wanted at LoRA's quality, and not every layer needs its own adapter.",
+        "A short training of all adapters on a tenth of the rows first; then LoRA's arithmetic with fewer numbers (drop='remove': less).",
+    ),
 }
 
 

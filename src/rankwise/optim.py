@@ -25,7 +25,7 @@ def roles_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     """Name of each trained parameter -> (role, parameter). What belongs to no adapter (a head, a bias) has the role 'other'."""
     by_id: dict[int, str] = {}
     for module in adapted_sites(model).values():
-        for part in (module.update, module.gain):
+        for part in (module.own_update, module.gain):
             if part is not None:
                 by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
     return {name: (by_id.get(id(p), "other"), p) for name, p in model.named_parameters() if p.requires_grad}
@@ -134,11 +134,12 @@ class Session:
             handle.remove()
         transforms = []
         for module in adapted_sites(model).values():
-            if module.update is not None:
-                for name, role in module.update.roles.items():
+            update = module.own_update  # the gradient of a shared tensor is transformed once, when it is the sum over its sites
+            if update is not None:
+                for name, role in update.roles.items():
                     transform = self.rule.transform(module, role)
                     if transform is not None:
-                        transforms.append(getattr(module.update, name).register_hook(transform))
+                        transforms.append(getattr(update, name).register_hook(transform))
         _TRANSFORMS[model] = transforms
         self.handles.extend(transforms)
 
@@ -256,6 +257,6 @@ def _trains(module: AdaptedLinear) -> bool:
 
 def _has_gradient(module: AdaptedLinear) -> bool:
     gradients: Sequence[Tensor | None] = [
-        p.grad for part in (module.update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
+        p.grad for part in (module.own_update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
     ]
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

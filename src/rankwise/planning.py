@@ -1,9 +1,9 @@
 """The plan: which sites, which ranks, how many parameters, how much memory and arithmetic. Touches no tensor; a model on `meta` will do."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,7 +27,10 @@ from rankwise.sites import (
 )
 from rankwise.storage import NF4Linear
 from rankwise.storage.bnb_layout import is_bitsandbytes_4bit
-from rankwise.updates import Site
+from rankwise.updates import Site, Slot
+
+if TYPE_CHECKING:
+    from rankwise.importance import Importance
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     held: tuple[str, ...] = ()  # linear layers that the storage replaces by its own form
     workspace: int = 0  # bytes of the largest weight that is dense for the length of a product only
+    importance: "Importance | None" = None  # what the allocation of updates to sites was decided from
 
     def parameters_of(self, site: Site) -> int:
         """Trained numbers at one site."""
@@ -79,9 +83,9 @@ class Plan:
     def _frozen_own_numbers(self) -> int:
         count = 0
         for site in self.sites:
-            slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
+            slots = own_slots(self.recipe, site)
             count += sum(slot.numel for slot in slots.values() if not slot.trains(self.recipe.frozen_roles))
-            if self.recipe.moves_base:
+            if self.recipe.moves_base and not site.owner:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
@@ -164,16 +168,57 @@ class Plan:
         sites = [replace(site, rank=ranks.get(site.name, site.rank)) for site in self.sites]
         return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total))
 
+    def allocated(self, owners: Mapping[str, str], removed: Collection[str] = (), importance: "Importance | None" = None) -> "Plan":
+        """The same plan in which some sites use the update of another one, and some are no sites any more.
+
+        Args:
+            owners: site name -> name of the site whose update it uses; the others have one of their own.
+            removed: names of sites to leave out.
+            importance: what this was decided from; kept with the plan, and saved with adapters.
+
+        Raises:
+            RecipeError: an owner that is no site, uses another one's update itself, or has other shapes or another scaling.
+        """
+        there = {site.name: site for site in self.sites if site.name not in removed}
+        for name, owner in owners.items():
+            _check_owner(there, name, owner, owners)
+        sites = [replace(site, owner=owners.get(name, "")) for name, site in there.items()]
+        forecast = self.recipe.schedule.note(self.sites)
+        notes = [note for note in self.notes if note != forecast]
+        if importance is not None:
+            shared = len(set(owners.values()))
+            left = f", {len(removed)} have none" if removed else ""
+            notes.append(
+                f"importance: of {len(self.sites)} sites {len(there) - len(owners) - shared} have an update of their own, "
+                f"{len(owners) + shared} share {shared}{left}"
+            )
+            notes += [f"importance: the probe left no output at {group}, so all of it keeps its own" for group in importance.silent]
+        made = replace(self, sites=tuple(sites), notes=tuple(notes), importance=importance)
+        return replace(made, coverage=coverage(self.recipe, sites, self.coverage[0].total))
+
     def __str__(self) -> str:
         from rankwise.report import plan_text
 
         return plan_text(self)
 
 
+def _check_owner(sites: Mapping[str, Site], name: str, owner: str, owners: Mapping[str, str]) -> None:
+    if name not in sites or owner not in sites or owner in owners:
+        raise RecipeError(f"{name} is to use the update of {owner!r}, and both must be sites of the plan, the owner with its own update")
+    for label in ("kind", "in_features", "out_features", "rank", "experts", "scaling"):
+        mine, its = getattr(sites[name], label), getattr(sites[owner], label)
+        if mine != its:
+            raise RecipeError(f"{name} cannot use the update of {owner}: {label} is {mine} here and {its} there")
+
+
 def site_parameters(recipe: Recipe, site: Site) -> int:
     """Trained numbers of a recipe at a site, from shapes alone."""
-    slots = recipe.update.slots(site) | recipe.gain.slots(site)
-    return sum(slot.numel for slot in slots.values() if slot.trains(recipe.frozen_roles))
+    return sum(slot.numel for slot in own_slots(recipe, site).values() if slot.trains(recipe.frozen_roles))
+
+
+def own_slots(recipe: Recipe, site: Site) -> dict[str, Slot]:
+    """The tensors that one site owns: of its gain, and of its update where that is not another site's."""
+    return ({} if site.owner else recipe.update.slots(site)) | recipe.gain.slots(site)
 
 
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -233,6 +278,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
     recipe.schedule.check(sites)
+    if forecast := recipe.schedule.note(sites):
+        notes.append(forecast)
     if recipe.schedule.rewrites_base:
         notes.append(_rewriting_note(recipe))
     elif recipe.base == "fold":
@@ -319,7 +366,7 @@ def summary(model: nn.Module) -> tuple[Coverage, ...]:
     if not adapted:
         raise TargetError("the model has no adapters; call rankwise.adapt(model, recipe) first")
     counted = {
-        name: sum(p.numel() for part in (module.update, module.gain) if part is not None for p in part.parameters())
+        name: sum(p.numel() for part in (module.own_update, module.gain) if part is not None for p in part.parameters())
         for name, module in adapted.items()
     }
     return _rows([(module.site, counted[name]) for name, module in adapted.items()], _linear_count(model))

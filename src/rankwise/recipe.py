@@ -439,6 +439,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         "a faster `up` is meant for a start at up = 0, and here both factors start as parts of the weight; use gradient='plain'",
         _both(_is("schedule", "rosa"), _is("gradient", "lora-plus")),
     ),
+    Forbidden(
+        "schedule=lora-drop",
+        "update=none or vera",
+        "sites share the pair of an update, and there is none, or all share one already; use update='lora' or another",
+        _both(_is("schedule", "lora-drop"), _is("update", "none", "vera")),
+    ),
+    Forbidden(
+        "schedule=lora-drop",
+        "an update whose core depends on the token",
+        "the output's energy follows from rank-sized sums only where the core is constant; use update='lora' or another",
+        _both(_is("schedule", "lora-drop"), _token_core),
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
 from rankwise.recipe import Recipe, _coerce
-from rankwise.schedules import AdaLoraBudget, Rounds
+from rankwise.schedules import AdaLoraBudget, LoraDrop, Rounds
 from rankwise.storage import NF4
 from rankwise.updates import Deep, Mixer, NoUpdate, Svd, Vera
 
@@ -223,6 +223,25 @@ def deep_lora(
     return _recipe(fields, name="deep-lora", **defaults)
 
 
+def lora_drop(
+    threshold: float = 0.9,
+    share: float = 0.1,
+    probe_steps: int | None = None,
+    normalize: Literal["group", "global"] = "group",
+    drop: Literal["share", "remove"] = "share",
+    warm: bool = False,
+    skip_first_token: bool = False,
+    strata: Literal["auto", "label", "length", "none"] = "auto",
+    **fields: Any,
+) -> Recipe:
+    """LoRA-drop (Zhou et al. 2024, arXiv 2402.07721): a probe measures what each LoRA puts out; those that do little share one.
+
+    The paper adapts query and value at rank 8.
+    """
+    schedule = LoraDrop(threshold, share, probe_steps, normalize, drop, warm, skip_first_token, strata)
+    return _recipe(fields, name="lora-drop", schedule=schedule)
+
+
 def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
@@ -269,4 +288,5 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "adalora": adalora,
     "deep-lora": deep_lora,
     "rosa": rosa,
+    "lora-drop": lora_drop,
 }

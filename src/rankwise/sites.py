@@ -72,9 +72,16 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.update = update
+        self.update: Update | None
+        self.offset: Offset | None
+        if site.owner:
+            # Another site's: held as plain references, so that every tensor has one registered owner and is counted, stepped, clipped and
+            # saved once. They follow moves and casts, which act on the owner's modules in place, and copies and pickles of the model.
+            self.__dict__.update(update=update, offset=offset)
+        else:
+            self.update = update
+            self.offset = offset
         self.gain = gain
-        self.offset = offset
         self.site = site
         self.dropout = dropout
         self.folded = folded
@@ -91,9 +98,14 @@ class AdaptedLinear(nn.Module):
         self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
         # in the mode of what it replaces: a new module would otherwise train inside a model that evaluates
         self.training = base_layer.training
-        for part in (update, gain, offset):
+        for part in (self.own_update, gain, None if site.owner else offset):
             if part is not None:
                 part.train(base_layer.training)
+
+    @property
+    def own_update(self) -> Update | None:
+        """The update, where it is this site's own and not another one's that it uses."""
+        return None if self.site.owner else self.update
 
     @property
     def storage(self) -> Storage:

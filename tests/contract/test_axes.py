@@ -243,6 +243,8 @@ ROWS: list[dict[str, Any]] = [
     {"schedule": "rosa", "init": "rosa"},
     {"schedule": "rosa", "init": "corda", "base": "fold"},
     {"schedule": "rosa", "init": "rosa", "base": "fold", "gradient": "lora-plus"},
+    {"schedule": "lora-drop", "update": "vera", "init": "own"},
+    {"schedule": "lora-drop", "update": Routed()},
 ]
 
 

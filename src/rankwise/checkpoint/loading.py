@@ -19,6 +19,7 @@ from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, is_stacked, 
 from rankwise.checkpoint.peft_reader import recipe_of, without_base_copies
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
+from rankwise.importance import Importance
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
 from rankwise.sites import trained_modules
@@ -149,7 +150,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = _with_saved_ranks(plan(base, recipe), about)
+    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about), about, folder / NATIVE_FILE)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -181,6 +182,20 @@ def _with_saved_ranks(made: Plan, about: Mapping[str, Any]) -> Plan:
         return made
     saved = {site.name: about["sites"].get(site.name, {}).get("rank") for site in made.sites}
     return made.resized({site.name: rank for site in made.sites if type(rank := saved[site.name]) is int and 0 <= rank < site.rank})
+
+
+def _with_saved_owners(made: Plan, about: Mapping[str, Any], path: Path) -> Plan:
+    """The plan with the sites that were allocated an update, and whose; any other difference is for `_compare_plan` to refuse."""
+    owners = {site.name: str(owner) for site in made.sites if (owner := about["sites"].get(site.name, {}).get("owner"))}
+    if "importance" not in about:
+        return made.allocated(owners) if owners else made
+    try:
+        importance = Importance.from_dict(about["importance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: importance is broken ({error!r}); copy or save the adapter again") from error
+    measured = {site.site for site in importance.sites}
+    removed = [site.name for site in made.sites if site.name in measured and site.name not in about["sites"]]
+    return made.allocated(owners, removed, importance)
 
 
 def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:

@@ -125,12 +125,19 @@ def _about(
         "peft_type": peft_type,
         "recipe": recipe.to_dict(),
         "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint, "held": record.held_fingerprint},
-        "sites": {site.name: {"rank": site.rank, "scaling": site.scaling} | rounds.get(site.name, {}) for site in record.plan.sites},
+        # "owner" where a site uses the tensors of another one, which the file holds once
+        "sites": {
+            site.name: {"rank": site.rank, "scaling": site.scaling}
+            | ({"owner": site.owner} if site.owner else {})
+            | rounds.get(site.name, {})
+            for site in record.plan.sites
+        },
         "modules_to_save": [name for name, _ in record.plan.trained_modules],
         # stacked: the second half of lora_A's rows, and minus the second half of lora_B's columns; separate: under keys of its own
         "start": start,
         "pool_checksum": pool_checksum,
         "notes": notes,
+        **({} if record.plan.importance is None else {"importance": record.plan.importance.to_dict()}),
     }
 
 

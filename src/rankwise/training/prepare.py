@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rankwise.errors import ConfigError
+from rankwise.recipe import Recipe
 from rankwise.training.collate import Collator
 from rankwise.training.config import Config
 from rankwise.training.encoded import ALLOWED
@@ -98,11 +99,65 @@ def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> 
     return _causal(config, train, rows["eval"], rows["general"], tokenizer)
 
 
-def calibration_batches(config: Config, data: Prepared, rows: int) -> list[dict[str, Any]]:
-    """Batches of `train.batch_size` training rows, drawn without replacement from the run's seed; all rows where there are fewer."""
-    drawn = random.Random(f"{config.seed}/calibration").sample(range(len(data.train)), min(rows, len(data.train)))
+def calibration_rows(config: Config, data: Prepared, recipe: Recipe) -> list[int]:
+    """The training rows that inits and schedules see before training, drawn without replacement from the run's seed; none where nobody
+    asks, all where there are fewer. A schedule's sample is stratified, and serves an init that asks too.
+
+    Raises:
+        ConfigError: strata that these rows do not have.
+    """
+    ask, sample, rows = recipe.init.calibration, recipe.schedule.sample, len(data.train)
+    if sample is not None:
+        least = 0 if ask is None else ask.rows
+        return stratified(strata_of(data, sample.strata), max(sample.share, min(1.0, least / rows)), f"{config.seed}/sample")
+    if ask is not None:
+        return random.Random(f"{config.seed}/calibration").sample(range(rows), min(ask.rows, rows))
+    return []
+
+
+def calibration_batches(config: Config, data: Prepared, drawn: list[int]) -> list[dict[str, Any]]:
+    """Batches of `train.batch_size` of the drawn rows."""
     size = config.train.batch_size
     return [data.collate([data.train[index] for index in drawn[start : start + size]]) for start in range(0, len(drawn), size)]
+
+
+LENGTHS = 5  # classes of length, equally many rows each
+
+
+def strata_of(data: Prepared, kind: str) -> list[str]:
+    """Row -> its stratum: the class of a classifier's row, else one of five classes of length; one stratum for 'none'."""
+    if kind == "auto":
+        kind = "length" if data.labels is None else "label"
+    if kind == "label":
+        if data.labels is None:
+            raise ConfigError("strata='label' needs rows with classes, and this task has none; use strata='length' or 'auto'")
+        return [data.labels[label] for label in data.train.labels]
+    if kind == "none":
+        return ["rows"] * len(data.train)
+    order = sorted(range(len(data.train)), key=lambda index: len(data.train.input_ids[index]))
+    made = [""] * len(order)
+    for position, index in enumerate(order):
+        made[index] = f"length {LENGTHS * position // len(order) + 1} of {LENGTHS}"
+    return made
+
+
+def stratified(strata: list[str], share: float, seed: str) -> list[int]:
+    """Row numbers in a random order: of each stratum its share, rounded so that the total is right, but one row at least (so of many
+    small strata more than the share)."""
+    members: dict[str, list[int]] = {}
+    for index, stratum in enumerate(strata):
+        members.setdefault(stratum, []).append(index)
+    wanted = {name: share * len(rows) for name, rows in members.items()}
+    counts = {name: max(1, int(want)) for name, want in wanted.items()}
+    # what rounding down has left over goes to those that lack most
+    for name in sorted(wanted, key=lambda name: counts[name] - wanted[name]):
+        if sum(counts.values()) >= round(share * len(strata)):
+            break
+        counts[name] = min(counts[name] + 1, len(members[name]))
+    generator = random.Random(seed)
+    drawn = [index for name in sorted(members) for index in generator.sample(members[name], counts[name])]
+    generator.shuffle(drawn)
+    return drawn
 
 
 def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any) -> Prepared:
