@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankwise.calibration import beginnings
 from rankwise.equation import Start
 from rankwise.errors import TargetError
-from rankwise.inits import Beginning, site_generator
+from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
@@ -203,7 +203,7 @@ def _adapter(
                 begun = made[site.name]
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
-                begun = recipe.init.begin(site, weight, None, generator)
+                begun = stacked_beginnings([recipe.init.begin(site, weight, None, generator) for _ in range(site.experts)])
                 for _ in range(recipe.storage.iterations - 1 if late else 0):
                     begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)

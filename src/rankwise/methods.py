@@ -93,6 +93,11 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "loramoe": About(
+        "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
+        "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
+        "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
+    ),
 }
 
 

@@ -242,6 +242,10 @@ def _token_core(recipe: Recipe) -> bool:
     return not recipe.update.constant_core
 
 
+def _experts(recipe: Recipe) -> bool:
+    return recipe.update.name == "loramoe"
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -370,6 +374,12 @@ LEGALITY: tuple[Forbidden, ...] = (
         "an init that needs calibration",
         "its statistics are those of the weight before it was quantized, once; use iterations=1",
         lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
+    ),
+    Forbidden(
+        "an update with experts",
+        "an init that moves the base",
+        "gates weigh the experts anew for each token, so their sum is never the start that was taken out; use init='kaiming'",
+        _both(_experts, _moves),
     ),
 )
 

@@ -11,7 +11,7 @@ from tiny_models import dense_weight, llama, logits, perturb, site, token_ids
 from torch import nn
 
 import rankwise as rw
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, TargetError
 from rankwise.gains import GAINS
 from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
@@ -104,6 +104,11 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     with rw.disabled(model):
         assert same_as_base(logits(model, ids))
     assert torch.equal(logits(model, ids), adapted)
+    if not recipe.update.constant_core:  # no dense weight equals it: said, and nothing is touched
+        with pytest.raises(TargetError, match="cannot be merged: its update depends on the token"):
+            rw.merge(model)
+        assert torch.equal(logits(model, ids), adapted)
+        return taken_off(model, parameters, same_as_base, kept, ids)
     # merge and back
     dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
     rw.merge(model)
@@ -114,6 +119,11 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
         assert same_as_base(logits(model, ids))
     rw.unmerge(model)
     assert torch.equal(logits(model, ids), adapted)
+    return taken_off(model, parameters, same_as_base, kept, ids)
+
+
+def taken_off(model: Any, parameters: dict[str, torch.Tensor], same_as_base: Any, kept: bool, ids: torch.Tensor) -> Any:
+    """The adapters taken off: every weight is as it was."""
     rw.unadapt(model)
     assert not adapted_sites(model)
     after = weights(model)
@@ -228,6 +238,7 @@ ROWS: list[dict[str, Any]] = [
     {"init": "pissa", "frozen": {"down", "up"}},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
+    {"update": "loramoe", "init": "pissa", "base": "fold"},
 ]
 
 
