@@ -47,6 +47,7 @@ def optimizer(
     weight_decay: float = 0.0,
     kind: Callable[..., Optimizer] = torch.optim.AdamW,
     total_steps: int | None = None,
+    validation: Any = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer over what trains, grouped by role, that fires rankwise's events.
@@ -57,16 +58,18 @@ def optimizer(
         weight_decay: decoupled decay of every role, before the gradient rule scales it.
         kind: any optimizer class that takes parameter groups, lr and weight_decay.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
+        validation: batches of rows that are not trained on, for routings that learn from them too; anything that can be read again and
+            again in the same order, such as a list.
         **options: passed on to it. Plain AdamW runs fused unless told otherwise.
     """
     lr = adapted(model).recipe.lr if lr is None else lr
     if kind is torch.optim.AdamW:
         options.setdefault("fused", True)
     made = kind(groups_of(model, lr, weight_decay), lr=lr, weight_decay=weight_decay, **options)
-    return attach(model, made, total_steps)
+    return attach(model, made, total_steps, validation)
 
 
-def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Optimizer:
+def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, validation: Any = None) -> Optimizer:
     """Gives an optimizer rankwise's hooks: regroups its parameters by role, and fires `backward` before and `step` after each step.
 
     Raises:
@@ -79,7 +82,7 @@ def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = Non
     if missing:
         raise TrainingError(f"the optimizer does not hold {len(missing)} parameters that train, such as {missing[0]}; make it after adapt")
     _regroup(optimizer, roles)
-    Session(model, optimizer, total_steps)
+    Session(model, optimizer, total_steps, validation)
     return optimizer
 
 
@@ -101,13 +104,14 @@ _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDi
 class Session:
     """The hooks of one optimizer over one adapted model. Holds no closures on parameters that could be copied with the model."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, validation: Any = None) -> None:
         record = adapted(model)
         self.model, self.optimizer = weakref.ref(model), weakref.ref(optimizer)
         self.rule: GradientRule = record.recipe.gradient
         self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
+        begun["routing"] = record.recipe.routing.begin(model, validation)
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
         for running in self.running.values():
             running.expect(total_steps)
@@ -244,8 +248,8 @@ def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _trains(module: AdaptedLinear) -> bool:
-    """Whether a site has anything to train; a schedule may have left it with rank 0."""
-    return any(p.requires_grad and p.numel() for p in module.parameters())
+    """Whether a site must get a gradient sooner or later: a schedule may have left it with rank 0, a gate may never choose it."""
+    return module.place is None and any(p.requires_grad and p.numel() for p in module.parameters())
 
 
 def _has_gradient(module: AdaptedLinear) -> bool:

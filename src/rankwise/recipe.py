@@ -246,6 +246,10 @@ def _experts(recipe: Recipe) -> bool:
     return recipe.update.name == "loramoe"
 
 
+def _gated(recipe: Recipe) -> bool:
+    return recipe.routing.module is not None
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -380,6 +384,24 @@ LEGALITY: tuple[Forbidden, ...] = (
         "an init that moves the base",
         "gates weigh the experts anew for each token, so their sum is never the start that was taken out; use init='kaiming'",
         _both(_experts, _moves),
+    ),
+    Forbidden(
+        "a routing with gates",
+        "a gain",
+        "a gain scales base and update alike, so a closed gate would not leave the base (the paper's MiDoRA does not fit); use gain='none'",
+        _both(_gated, lambda recipe: recipe.gain.name != "none"),
+    ),
+    Forbidden(
+        "a routing with gates",
+        "base=fold",
+        "the base would lack its start wherever a gate is closed; use base='keep'",
+        _both(_gated, lambda recipe: recipe.base == "fold"),
+    ),
+    Forbidden(
+        "an update or a routing that depends on the input",
+        "a schedule that writes into the base",
+        "what is written acts on every token, whatever the gates say; use schedule='none'",
+        _both(lambda recipe: _gated(recipe) or _token_core(recipe), lambda recipe: recipe.schedule.rewrites_base),
     ),
 )
 

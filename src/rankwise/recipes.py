@@ -13,6 +13,7 @@ from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, Plain
 from rankwise.inits import Corda, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
+from rankwise.routing import PromptRouting
 from rankwise.schedules import AdaLoraBudget
 from rankwise.storage import NF4
 from rankwise.updates import Experts, Mixer, NoUpdate, Svd, Vera
@@ -193,6 +194,25 @@ def loramoe(
     return _recipe(fields, name="loramoe", update=update, dropout=0.05)
 
 
+def milora_mixture(
+    k: int = 3,
+    gate: Literal["ste", "prob", "prob_renorm", "hard"] = "ste",
+    pooler: Literal["self-attention", "average", "last", "max"] = "self-attention",
+    balance: float = 1e-2,
+    theta_mode: Literal["bilevel", "joint", "frozen-gelu"] = "bilevel",
+    theta_lr: float = 1e-6,
+    router_norm: bool = True,
+    skip_first: bool = False,
+    **fields: Any,
+) -> Recipe:
+    """MiLoRA, the mixture (Zhang et al. 2024, arXiv 2410.18035): a gate on each block reads the prompt once and switches the LoRAs of k of
+    the block's layers on, for all tokens that follow. Not to be confused with `milora-svd`.
+    """
+    fields.setdefault("rank", 32)
+    routing = PromptRouting(k, gate, pooler, balance, theta_mode, theta_lr, router_norm, skip_first)
+    return _recipe(fields, name="milora-mixture", routing=routing, lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "lora": lora,
     "rslora": rslora,
@@ -210,4 +230,5 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "propulsion": propulsion,
     "adalora": adalora,
     "loramoe": loramoe,
+    "milora-mixture": milora_mixture,
 }

@@ -16,6 +16,7 @@ from rankwise.gains import GAINS
 from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
 from rankwise.recipe import LEGALITY, Recipe
+from rankwise.schedules import Schedule
 from rankwise.sites import adapted_sites
 from rankwise.storage import STORAGES, NF4Linear
 from rankwise.updates import UPDATES, Site, Slot, UpdateChoice, lora_slots
@@ -215,6 +216,17 @@ class Routed(UpdateChoice):
         return lora_slots(site)
 
 
+@dataclass(frozen=True)
+class Writing(Schedule):
+    """Stands for the schedules of later parts that write into the base weights; no registered schedule does yet."""
+
+    name: ClassVar[str] = "writing"
+    rewrites_base: ClassVar[bool] = True
+
+    def begin(self, model: nn.Module) -> None:
+        return None
+
+
 # One recipe for each row of the table that breaks this row and no other.
 ROWS: list[dict[str, Any]] = [
     {"update": "none", "gain": "none", "init": "own"},
@@ -239,6 +251,9 @@ ROWS: list[dict[str, Any]] = [
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
     {"update": "loramoe", "init": "pissa", "base": "fold"},
+    {"routing": "milora-mixture", "gain": "dora"},
+    {"routing": "milora-mixture", "init": "pissa", "base": "fold"},
+    {"routing": "milora-mixture", "schedule": Writing()},
 ]
 
 

@@ -5,7 +5,8 @@ Facts of the batch and losses that are attached inside the graph live in `rankwi
 
 from rankwise.routing.base import GATE, Block, BlockGate, RoutingChoice
 from rankwise.routing.everywhere import Everywhere
+from rankwise.routing.prompt_gate import PromptRouting
 
-ROUTINGS: dict[str, type[RoutingChoice]] = {choice.name: choice for choice in (Everywhere,)}
+ROUTINGS: dict[str, type[RoutingChoice]] = {choice.name: choice for choice in (Everywhere, PromptRouting)}
 
-__all__ = ["GATE", "ROUTINGS", "Block", "BlockGate", "Everywhere", "RoutingChoice"]
+__all__ = ["GATE", "ROUTINGS", "Block", "BlockGate", "Everywhere", "PromptRouting", "RoutingChoice"]

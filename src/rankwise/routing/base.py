@@ -59,6 +59,11 @@ class RoutingChoice(ABC):
     #: the gate that stands on every block with adapted layers; None where no block has one
     module: ClassVar[type[BlockGate] | None] = None
 
+    @property
+    def wants_validation(self) -> bool:
+        """Whether training takes batches of held-out rows as well."""
+        return False
+
     def slots(self, block: Block) -> dict[str, Slot]:
         """The tensors that the gate of one block owns."""
         return {}

@@ -55,7 +55,8 @@ class BatchContext:
     mask: (batch, length) bool, tokens that are no padding; None where all are. prompt: (batch, length) bool, those of them that belong to
     the prompt; None where it is not known. types: (batch,) int64 kind of each sample, or None. task: name or number of the task, or None.
     phase: 'train', 'prefill' or 'decode' (a cache that holds tokens already). cache: the cache object of the call, or None.
-    sites: adapted layers of the model. routes: block name -> c (batch, sites of the block), of the gates of this forward.
+    sites, blocks: adapted layers of the model, and blocks with a gate. routed_by: (batch, length) bool, the tokens that gates look at, once
+    the first gate has settled them. routes: block name -> c (batch, sites of the block), of the gates of this forward.
     scale: the gradient of an attached loss; `share` of it goes to this forward where the main loss is a sum over several.
     """
 
@@ -69,9 +70,11 @@ class BatchContext:
     task: Any = None
     cache: Any = None
     sites: int = 1
+    blocks: int = 0
     labelled: bool = False
     uncached: bool = False  # the caller said use_cache=False
     generates: bool = False  # the model can write text
+    routed_by: Tensor | None = None
     routes: dict[str, Tensor] = field(default_factory=dict)
     scale: Tensor | float = 1.0
     share: Tensor | float = 1.0
@@ -318,6 +321,7 @@ def _context_of(model: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any
         task=facts["task"],
         cache=cache,
         sites=len(record.plan.sites),
+        blocks=len(record.plan.blocks),
         labelled=labels is not None,
         uncached=given.get("use_cache") is False,
         generates=bool(getattr(model, "can_generate", bool)()),

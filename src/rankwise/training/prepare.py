@@ -132,6 +132,20 @@ def calibration_batches(config: Config, data: Prepared, rows: int) -> list[dict[
     return [data.collate(read[start : start + size]) for start in range(0, len(read), size)]
 
 
+def validation_batches(config: Config, data: Prepared) -> list[dict[str, Any]]:
+    """The rows of data.eval in batches of `train.batch_size`, in an order drawn from the run's seed: what a second level learns from.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    rows = data.scored.get("task")
+    if rows is None:
+        raise ConfigError("data.eval is missing: the method takes every second step on rows that are not trained on; name some there")
+    order = random.Random(f"{config.seed}/validation").sample(range(len(rows)), len(rows))
+    size = config.train.batch_size
+    return [data.collate([rows[index] for index in order[start : start + size]]) for start in range(0, len(order), size)]
+
+
 def _causal(
     config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any, kinds: list[int] | None
 ) -> Prepared:
