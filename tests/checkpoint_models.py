@@ -117,6 +117,17 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
     "adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
+    "deep-lora": ("llama", _named("deep-lora"), "RANKWISE"),
+    "deep-lora compressed, exact start": (
+        "llama",
+        lambda: rw.recipes.deep_lora(rank=4, variant="compressed", gamma=1.0, exact_zero=True, alpha=3, epsilon=0.1),
+        "RANKWISE",
+    ),
+    "deep-lora with frozen frames": ("gpt2", lambda: rw.recipes.deep_lora(rank=5, variant="compressed", gamma=0, epsilon=0.2), "RANKWISE"),
+    "rosa": ("llama", _named("rosa"), "RANKWISE"),
+    "rosa without a ledger": ("llama", lambda: rw.recipes.rosa(rank=4, ledger=False), "RANKWISE"),
+    "rosa with a master": ("llama", lambda: rw.recipes.rosa(rank=4, master="fp32"), "RANKWISE"),
+    "gpt2 rosa": ("gpt2", _named("rosa"), "RANKWISE"),
     "loramoe": ("llama", lambda: rw.recipes.loramoe(rank=2, experts=3), "RANKWISE"),
     "milora-mixture": ("llama", lambda: rw.recipes.milora_mixture(rank=4, theta_mode="joint"), "RANKWISE"),
     # starts that move the base

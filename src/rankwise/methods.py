@@ -43,6 +43,11 @@ ABOUT: dict[str, About] = {
         "Take it when activations are what fills the memory: only the thin projection is kept for the backward.",
         "Trains rank * out numbers a site, and keeps rank instead of in numbers per token.",
     ),
+    "lora-pro": About(
+        "LoRA whose two gradients are replaced by the pair of steps that together move the weight most like full fine-tuning.",
+        "Take it where LoRA stays behind full fine-tuning; adam_space: weight is nearest to it, where its moments fit.",
+        "Rank-sized algebra each step; in weight space two averages of the size of every adapted weight, as full fine-tuning keeps.",
+    ),
     "dora": About(
         "LoRA moves the direction of each weight row, and a trained length scales the row.",
         "Take it at small ranks, or where LoRA stays behind full fine-tuning.",
@@ -83,6 +88,11 @@ ABOUT: dict[str, About] = {
         "Take it when very many adapters must be stored; it wants a high rank and a high learning rate.",
         "Trains rank + out numbers a site; the shared pair is drawn again from its seed and need not be stored.",
     ),
+    "deep-lora": About(
+        "The update is a product of three small orthogonal factors instead of two, which makes training grow few directions only.",
+        "Take it when rows are few, or when no rank should have to be chosen; variant=compressed asks one gradient for its directions.",
+        "Trains rank * rank numbers more a site than LoRA (3 rank * rank if compressed; with gamma=0 only these); merged it costs nothing.",
+    ),
     "propulsion": About(
         "Every output of a site is multiplied by a trained power; there are no factors.",
         "Take it when next to nothing may be trained.",
@@ -102,6 +112,11 @@ ABOUT: dict[str, About] = {
         "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
         "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
         "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
+    ),
+    "rosa": About(
+        "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
+        "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
+        "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
     ),
 }
 
@@ -146,7 +161,7 @@ def describe(name: str) -> str:
     lines += ["", f"Options under method: {{name: {name}, ...}}"]
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
-    alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+    alpha = recipe.alpha_of(recipe.rank)
     lines.append(
         f"  and of every recipe: rank = {recipe.rank}, alpha = {alpha:g}, scaling = {recipe.scaling!r}, dropout = {recipe.dropout:g},"
     )

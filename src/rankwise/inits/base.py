@@ -77,6 +77,8 @@ class Init(ABC):
     needs_weight: ClassVar[bool] = False
     #: the init makes no pair, because the update brings its own values
     own: ClassVar[bool] = False
+    #: the pair is directions without a size, orthonormal rows and columns: for updates that say themselves how large they start
+    gives_frames: ClassVar[bool] = False
 
     @property
     def calibration(self) -> Calibration | None:
@@ -93,6 +95,17 @@ class Init(ABC):
             statistics: what calibration gathered for this site, where `calibration` asks for it; not to be kept.
             generator: a CPU generator of the site's own, seeded from the run's seed and the site's name.
         """
+
+    def again(self, site: Site, weight: Tensor, seed: int, number: int) -> Beginning:
+        """The pair of a later round, for schedules that fold what was trained into the weight and begin anew.
+
+        Args:
+            site: shapes, rank and scaling.
+            weight: the weight as trained so far, dense (out, in).
+            seed: of the run.
+            number: of the round, counted from 0 for the start; each has a random stream of its own.
+        """
+        return self.begin(site, weight, None, site_generator(seed, site.name, f"round {number}"))
 
 
 def site_generator(seed: int, name: str, purpose: str = "init") -> torch.Generator:

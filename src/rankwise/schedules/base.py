@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from rankwise.recipe import Recipe
     from rankwise.updates import Site
 
 Event = Literal["calibrated", "backward", "step", "epoch", "task"]
@@ -88,6 +89,18 @@ class Schedule(ABC):
     #: for a schedule that rewrites the base: 'keep' a copy of the original weights on the CPU, so that `disabled` and `unadapt` give the
     #: base back bit for bit, or 'drop' them, where there is nothing to go back to
     original: Literal["keep", "drop"] = "keep"
+    #: for one that rewrites the base in rounds (`folding.renew`): 'fp32' sums the weight up in an fp32 copy on the CPU
+    master: Literal["none", "fp32"] = "none"
+    #: and whether what was folded is kept as low-rank pairs, so that files hold these instead of base weights
+    ledger: bool = False
+
+    def bound(self, rank: int, side: int) -> int:
+        """The rank that a site with this smaller side can have under this schedule, at most `rank`; `plan` lowers it."""
+        return rank
+
+    def held(self, sites: "Sequence[Site]") -> dict[str, int]:
+        """Label -> bytes of what the schedule keeps beside the adapters, for a plan's forecast."""
+        return {}
 
     def check(self, sites: "Sequence[Site]") -> None:
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""
@@ -96,6 +109,10 @@ class Schedule(ABC):
     def decay(self, role: str) -> float:
         """What the weight decay of a role is multiplied by, beside what the gradient rule says."""
         return 1.0
+
+    def state_bytes(self, recipe: "Recipe", sites: "Sequence[Site]") -> int:
+        """Bytes that a run of this schedule keeps beside the optimizer's moments, for the forecast of memory."""
+        return 0
 
     @abstractmethod
     def begin(self, model: nn.Module) -> Running | None:
