@@ -14,6 +14,7 @@ import rankwise as rw
 from rankwise.errors import CheckpointError
 from rankwise.recipe import Recipe
 from rankwise.recipes import RECIPES
+from rankwise.routing.context import takes_context
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.storage.nf4_codes import dequantize, quantize
 
@@ -70,12 +71,17 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
+def prompt_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a call without labels must say to a model that routes by prompt; nothing for the others."""
+    return {"prompt_mask": torch.ones_like(IDS)} if takes_context(model) else {}
+
+
 def train(model: nn.Module, steps: int = 3, lr: float = 2e-2) -> nn.Module:
     """A few AdamW steps, so that no factor is zero any more."""
     optimizer = rw.optimizer(model, lr=lr, total_steps=steps)
     model.train()
     for step in range(steps):
-        out = model(input_ids=IDS.roll(step, 1)).logits
+        out = model(input_ids=IDS.roll(step, 1), **prompt_of(model)).logits
         target = IDS if out.dim() == 3 else torch.tensor([0, 2])
         nn.functional.cross_entropy(out.flatten(0, -2), target.flatten()).backward()
         optimizer.step()
@@ -149,6 +155,8 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
         lambda: rw.recipes.pissa(rank=4, base="fold", schedule={"name": "lora-drop", "threshold": 0.3}),
         "RANKWISE",
     ),
+    "loramoe": ("llama", lambda: rw.recipes.loramoe(rank=2, experts=3), "RANKWISE"),
+    "milora-mixture": ("llama", lambda: rw.recipes.milora_mixture(rank=4, theta_mode="joint"), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),

@@ -13,11 +13,13 @@ from rankwise.calibration import beginnings
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
-from rankwise.inits import Beginning, site_generator
+from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
+from rankwise.routing import GATE, Block
+from rankwise.routing.context import Meter, install, uninstall
 from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
@@ -35,6 +37,7 @@ class Adapted:
     trainable: dict[str, bool]  # base parameter name -> requires_grad before
     notes: list[str] = field(default_factory=list)
     held_fingerprint: str | None = None  # of the base as the storage holds it, where that is another form of the same weights
+    meter: Meter = field(default_factory=Meter)  # of the losses that are attached to the graph
     untied_config: bool = False  # merging untied weights, and said so in the model's config
 
 
@@ -113,6 +116,7 @@ def build(
     stored: Mapping[str, Stored] | None = None,
     shared: nn.Module | None = None,
     begun: Mapping[str, Beginning] | None = None,
+    gates: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Builds the adapters of a plan.
 
@@ -123,6 +127,7 @@ def build(
         stored: site name -> tensors from a file, instead of the recipe's init: no decomposition is run, no number is drawn.
         shared: what `shared_part` made, where the caller had to look at it first.
         begun: site name -> starting pair, of an init that needed calibration.
+        gates: block name -> slot name -> tensor, from a file.
     """
     from rankwise.checkpoint.fingerprint import base_fingerprint, held_fingerprint
 
@@ -140,6 +145,7 @@ def build(
     modules = dict(model.named_modules())
     record.held_fingerprint = held_fingerprint(modules, made)
     projections = _shared_projections(recipe, made.sites)
+    places = {site: (block.name, column) for block in made.blocks for column, site in enumerate(block.sites)}
     late = set(made.held) if needs_dense(recipe) else set()
     built: dict[str, AdaptedLinear] = {}
     for position, site in enumerate(sorted(made.sites, key=lambda site: bool(site.owner))):  # owners first
@@ -149,6 +155,7 @@ def build(
         adapter = built[site.name] = _adapter(
             layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late, owner
         )
+        adapter.place = places.get(site.name)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -159,8 +166,26 @@ def build(
         for parameter in trained.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         _replace(model, name, TrainedModule(base, trained, name))
+    for block in made.blocks:
+        _gate(model, block, recipe, None if gates is None else gates[block.name])
+    if recipe.reads_context:
+        install(model)
     model.rankwise = record  # type: ignore[assignment]
     return model
+
+
+def _gate(model: nn.Module, block: Block, recipe: Recipe, stored: Mapping[str, Tensor] | None) -> None:
+    assert recipe.routing.module is not None
+    first = model.get_submodule(block.sites[0])
+    assert isinstance(first, AdaptedLinear)
+    device, dtype = placement(first.base_layer)
+    gate = recipe.routing.module(recipe.routing, block, recipe.frozen_roles, device, torch.promote_types(dtype, torch.float32))
+    if stored is None:
+        gate.begin(site_generator(recipe.seed, f"{block.name}.{GATE}"))
+    else:
+        gate.put(**stored)
+    module = model.get_submodule(block.name)
+    module.register_module(GATE, gate.train(module.training))
 
 
 def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
@@ -207,7 +232,7 @@ def _adapter(
                 begun = made[site.name]
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
-                begun = recipe.init.begin(site, weight, None, generator)
+                begun = stacked_beginnings([recipe.init.begin(site, weight, None, generator) for _ in range(site.experts)])
                 for _ in range(recipe.storage.iterations - 1 if late else 0):
                     begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
@@ -515,6 +540,7 @@ def unadapt(model: nn.Module) -> nn.Module:
         _replace(model, name, base)
     for name, trained in trained_modules(model).items():
         _replace(model, name, trained.base_layer)
+    uninstall(model)
     _thaw(model, record)
     return model
 

@@ -27,7 +27,7 @@ from rankwise.planning import Plan, own_slots
 from rankwise.preparing import needs_dense
 from rankwise.recipe import Recipe
 from rankwise.sites import AdaptedLinear, adapted_sites
-from rankwise.updates import Site
+from rankwise.updates import Site, Slot
 
 PREFIX = "base_model.model."
 NATIVE = "RANKWISE"
@@ -156,6 +156,11 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
         folded = {key: tensors[f"{PREFIX}{site.name}.{key}"] for key in ledger.shapes(0, 0, 0, 0)}
         return Stored(update, gain, start, ledger=ledger.from_tensors(folded))
     return Stored(update, gain, start, tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"])
+
+
+def gate_keys(block: str, slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Slot name -> key in the file, of the gate of a block."""
+    return {name: f"{PREFIX}{block}.{slot.key}" for name, slot in slots.items()}
 
 
 def pool_keys(peft_type: str, buffers: Collection[str]) -> dict[str, str]:

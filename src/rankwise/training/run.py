@@ -16,7 +16,7 @@ from rankwise.training.config import Config, load_config, make_config, resolve, 
 from rankwise.training.evaluate import causal_scores, class_scores, scores_table
 from rankwise.training.folder import IMPORTANCE, RunFolder, begin, config_of, identity, look, write_json
 from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
-from rankwise.training.prepare import Prepared, calibration_batches, calibration_rows, prepare, source_names, strata_of
+from rankwise.training.prepare import Prepared, calibration_batches, calibration_rows, prepare, source_names, strata_of, validation_batches
 from rankwise.training.progress import say
 from rankwise.training.quiet import quiet
 
@@ -170,7 +170,8 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     found = run.checkpoint()
     if found:
         say(console, f"Resuming {run.root} from its checkpoint at step {found[1]} of {steps}")
-    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps)
+    held_out = validation_batches(config, data) if model.rankwise.recipe.routing.wants_validation else None
+    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps, validation=held_out)
     with Progress(console, steps) as progress:
         recorder = Recorder(run, found[1] if found else 0, progress)
         trainer = _trainer(config, run, data, loaded, optimizer, steps)
