@@ -22,6 +22,7 @@ _HOME = {
     "unadapt": "rankwise.adapting",
     "optimizer": "rankwise.optim",
     "attach": "rankwise.optim",
+    "next_task": "rankwise.optim",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
     "RankwiseError": "rankwise.errors",
@@ -38,6 +39,7 @@ __all__ = [
     "disabled",
     "load",
     "merge",
+    "next_task",
     "optimizer",
     "plan",
     "recipes",
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
-    from rankwise.optim import attach, optimizer
+    from rankwise.optim import attach, next_task, optimizer
     from rankwise.planning import Plan, plan, summary
     from rankwise.recipe import Recipe, Targets
 

@@ -93,6 +93,12 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "am-lora": About(
+        "Each task of a sequence trains a LoRA of its own; older ones stay frozen, and scores of the LoRAs' outputs mix them by token.",
+        "Take it when tasks come one after another and the earlier ones must not be forgotten, with no task named at inference.",
+        "Trains rank * (in + out) numbers a site and a selector of out + 1 a task; t tasks compute like one LoRA of t times the rank, "
+        "and cannot be merged.",
+    ),
 }
 
 

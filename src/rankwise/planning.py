@@ -148,6 +148,13 @@ class Plan:
     def resized(self, ranks: Mapping[str, int]) -> "Plan":
         """The same plan with other ranks at some sites, by name; their scaling stays."""
         sites = [replace(site, rank=ranks.get(site.name, site.rank)) for site in self.sites]
+        return self._with(sites)
+
+    def grown(self, experts: Mapping[str, int]) -> "Plan":
+        """The same plan with another number of experts at some sites, by name."""
+        return self._with([replace(site, experts=experts.get(site.name, site.experts)) for site in self.sites])
+
+    def _with(self, sites: list[Site]) -> "Plan":
         return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total))
 
     def __str__(self) -> str:

@@ -366,10 +366,22 @@ LEGALITY: tuple[Forbidden, ...] = (
         "its statistics are those of the weight before it was quantized, once; use iterations=1",
         lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
     ),
+    Forbidden(
+        "update=am-lora",
+        "an init that moves the base",
+        "every task begins a pair of its own, and each later one would start from another base; use init='kaiming'",
+        _both(_is("update", "am-lora"), _moves),
+    ),
+    Forbidden(
+        "schedule=task-growth",
+        "update other than am-lora",
+        "only AM-LoRA's sites can gain an expert; use update='am-lora', or schedule='none' to train one update on all tasks",
+        _both(_is("schedule", "task-growth"), lambda recipe: recipe.update.name != "am-lora"),
+    ),
 )
 
 
-ROLES = frozenset({"down", "up", "core", "tail"})
+ROLES = frozenset({"down", "up", "core", "tail", "gate"})
 
 
 def check(recipe: Recipe) -> None:

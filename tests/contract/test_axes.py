@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from tiny_models import dense_weight, llama, logits, perturb, site, token_ids
 from torch import nn
 
 import rankwise as rw
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, TargetError
 from rankwise.gains import GAINS
 from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
@@ -104,16 +105,12 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     with rw.disabled(model):
         assert same_as_base(logits(model, ids))
     assert torch.equal(logits(model, ids), adapted)
-    # merge and back
-    dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
-    rw.merge(model)
-    for name, module in adapted_sites(model).items():
-        torch.testing.assert_close(module.weight.double(), dense[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logits(model, ids), adapted, rtol=1e-4, atol=1e-4)
-    with rw.disabled(model):
-        assert same_as_base(logits(model, ids))
-    rw.unmerge(model)
-    assert torch.equal(logits(model, ids), adapted)
+    if not recipe.update.constant_core:
+        with pytest.raises(TargetError, match="cannot be merged: its update depends on the token"):
+            rw.merge(model)
+        assert torch.equal(logits(model, ids), adapted)
+    else:
+        merges_and_comes_back(model, ids, adapted, same_as_base)
     rw.unadapt(model)
     assert not adapted_sites(model)
     after = weights(model)
@@ -126,6 +123,19 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     assert same_as_base(logits(model, ids))
     assert all(p.requires_grad for p in model.parameters())
     return model
+
+
+def merges_and_comes_back(model: Any, ids: torch.Tensor, adapted: torch.Tensor, same_as_base: Callable[[torch.Tensor], bool]) -> None:
+    """The merged weights are the dense equation, `disabled` is the base, and unmerging is exact."""
+    dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
+    rw.merge(model)
+    for name, module in adapted_sites(model).items():
+        torch.testing.assert_close(module.weight.double(), dense[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model, ids), adapted, rtol=1e-4, atol=1e-4)
+    with rw.disabled(model):
+        assert same_as_base(logits(model, ids))
+    rw.unmerge(model)
+    assert torch.equal(logits(model, ids), adapted)
 
 
 @pytest.mark.parametrize("combination", LEGAL, ids=label)
@@ -228,6 +238,8 @@ ROWS: list[dict[str, Any]] = [
     {"init": "pissa", "frozen": {"down", "up"}},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "pissa"},
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
+    {"update": "am-lora", "init": "pissa", "base": "fold"},
+    {"schedule": "task-growth"},
 ]
 
 

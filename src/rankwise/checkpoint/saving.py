@@ -22,6 +22,7 @@ from rankwise.checkpoint.naming import base_names
 from rankwise.checkpoint.peft_layout import PREFIX, collect, config_of, encode, is_stacked, layout_of, pool_keys
 from rankwise.errors import CheckpointError
 from rankwise.sites import adapted_sites, trained_modules
+from rankwise.updates import Site
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, NATIVE_FILE = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
@@ -120,13 +121,18 @@ def _about(record: Adapted, peft_type: str, reason: str, config: Mapping[str, An
         "peft_type": peft_type,
         "recipe": recipe.to_dict(),
         "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint, "held": record.held_fingerprint},
-        "sites": {site.name: {"rank": site.rank, "scaling": site.scaling} for site in record.plan.sites},
+        "sites": {site.name: _site(site) for site in record.plan.sites},
         "modules_to_save": [name for name, _ in record.plan.trained_modules],
         # stacked: the second half of lora_A's rows, and minus the second half of lora_B's columns; separate: under keys of its own
         "start": start,
         "pool_checksum": pool_checksum,
         "notes": notes,
     }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"rank": site.rank, "scaling": site.scaling}
+    return numbers | ({"experts": site.experts} if site.experts > 1 else {})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

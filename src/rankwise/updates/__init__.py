@@ -1,5 +1,6 @@
 """Update axis: what the factors are. A choice (frozen dataclass) says which tensors an update owns; its module maps them to Factors."""
 
+from rankwise.updates.attention_mixture import AttentionMixture
 from rankwise.updates.base import Part, Role, Site, Slot, Update, UpdateChoice
 from rankwise.updates.lowrank import LowRank, lora_slots
 from rankwise.updates.mixer import Mixer
@@ -7,6 +8,9 @@ from rankwise.updates.none import NoUpdate
 from rankwise.updates.svd import Svd
 from rankwise.updates.vera import Vera
 
-UPDATES: dict[str, type[UpdateChoice]] = {choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, NoUpdate)}
+UPDATES: dict[str, type[UpdateChoice]] = {choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, AttentionMixture, NoUpdate)}
 
-__all__ = ["UPDATES", "LowRank", "Mixer", "NoUpdate", "Part", "Role", "Site", "Slot", "Svd", "Update", "UpdateChoice", "Vera", "lora_slots"]
+__all__ = [
+    "UPDATES", "AttentionMixture", "LowRank", "Mixer", "NoUpdate", "Part", "Role", "Site", "Slot", "Svd", "Update", "UpdateChoice", "Vera",
+    "lora_slots",
+]  # fmt: skip
