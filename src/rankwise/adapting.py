@@ -16,6 +16,8 @@ from rankwise.inits import Beginning, site_generator
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
+from rankwise.routing import GATE, Block
+from rankwise.routing.context import Meter, install, uninstall
 from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
@@ -33,6 +35,7 @@ class Adapted:
     trainable: dict[str, bool]  # base parameter name -> requires_grad before
     notes: list[str] = field(default_factory=list)
     held_fingerprint: str | None = None  # of the base as the storage holds it, where that is another form of the same weights
+    meter: Meter = field(default_factory=Meter)  # of the losses that are attached to the graph
     untied_config: bool = False  # merging untied weights, and said so in the model's config
 
 
@@ -88,6 +91,7 @@ def build(
     stored: Mapping[str, Stored] | None = None,
     shared: nn.Module | None = None,
     begun: Mapping[str, Beginning] | None = None,
+    gates: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Builds the adapters of a plan.
 
@@ -98,6 +102,7 @@ def build(
         stored: site name -> tensors from a file, instead of the recipe's init: no decomposition is run, no number is drawn.
         shared: what `shared_part` made, where the caller had to look at it first.
         begun: site name -> starting pair, of an init that needed calibration.
+        gates: block name -> slot name -> tensor, from a file.
     """
     from rankwise.checkpoint.fingerprint import base_fingerprint, held_fingerprint
 
@@ -115,11 +120,13 @@ def build(
     modules = dict(model.named_modules())
     record.held_fingerprint = held_fingerprint(modules, made)
     projections = _shared_projections(recipe, made.sites)
+    places = {site: (block.name, column) for block in made.blocks for column, site in enumerate(block.sites)}
     late = set(made.held) if needs_dense(recipe) else set()
     for position, site in enumerate(made.sites):
         layer = modules[site.name]
         given = None if stored is None else stored[site.name]
         adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late)
+        adapter.place = places.get(site.name)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -130,8 +137,26 @@ def build(
         for parameter in trained.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         _replace(model, name, TrainedModule(base, trained, name))
+    for block in made.blocks:
+        _gate(model, block, recipe, None if gates is None else gates[block.name])
+    if recipe.reads_context:
+        install(model)
     model.rankwise = record  # type: ignore[assignment]
     return model
+
+
+def _gate(model: nn.Module, block: Block, recipe: Recipe, stored: Mapping[str, Tensor] | None) -> None:
+    assert recipe.routing.module is not None
+    first = model.get_submodule(block.sites[0])
+    assert isinstance(first, AdaptedLinear)
+    device, dtype = placement(first.base_layer)
+    gate = recipe.routing.module(recipe.routing, block, recipe.frozen_roles, device, torch.promote_types(dtype, torch.float32))
+    if stored is None:
+        gate.begin(site_generator(recipe.seed, f"{block.name}.{GATE}"))
+    else:
+        gate.put(**stored)
+    module = model.get_submodule(block.name)
+    module.register_module(GATE, gate.train(module.training))
 
 
 def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
@@ -429,6 +454,7 @@ def unadapt(model: nn.Module) -> nn.Module:
         _replace(model, name, base)
     for name, trained in trained_modules(model).items():
         _replace(model, name, trained.base_layer)
+    uninstall(model)
     _thaw(model, record)
     return model
 

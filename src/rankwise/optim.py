@@ -18,16 +18,17 @@ from rankwise.errors import TrainingError
 from rankwise.gradients import GradientRule
 from rankwise.resizing import grow, resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
-from rankwise.sites import AdaptedLinear, adapted_sites
+from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
+
+#: decay would pull these to a uniform choice, or to no activation at all
+UNDECAYED = frozenset({"gate", "activation"})
 
 
 def roles_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     """Name of each trained parameter -> (role, parameter). What belongs to no adapter (a head, a bias) has the role 'other'."""
     by_id: dict[int, str] = {}
-    for module in adapted_sites(model).values():
-        for part in (module.update, module.gain):
-            if part is not None:
-                by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
+    for part in parts_of(model):
+        by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
     return {name: (by_id.get(id(p), "other"), p) for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -111,6 +112,7 @@ class Session:
         for running in self.running.values():
             running.expect(total_steps)
         self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
+        self.attached: dict[str, float] = {}
         self._before: list[tuple[dict[str, Any], Any, Any]] = []
         self.handles: list[Any] = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
         self._transform(model)
@@ -167,8 +169,9 @@ class Session:
             running.restore({key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
 
     def report(self) -> dict[str, float]:
-        """What rule and schedule say of the step that just ended."""
-        return {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+        """What rule and schedule say of the step that just ended, and the losses that were attached to its forwards."""
+        said = {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+        return said | {f"routing_{name}": value for name, value in self.attached.items()}
 
     def fire(self, event: Event, optimizer: Optimizer) -> None:
         """Calls the gradient rule and the schedule, and brings the optimizer in line with what they changed."""
@@ -201,7 +204,8 @@ class Session:
             role = group.get("role", "other")
             if (rate := self.rule.rate(role)) != 1.0:
                 group["lr"] = lr * rate
-            if decay and (factor := self.rule.decay(role) * self.schedule.decay(role)) != 1.0:
+            factor = 0.0 if role in UNDECAYED else self.rule.decay(role) * self.schedule.decay(role)
+            if decay and factor != 1.0:
                 group["weight_decay"] = decay * factor
 
     def _post(self, optimizer: Optimizer, *_: Any) -> None:
@@ -211,6 +215,8 @@ class Session:
                 group["weight_decay"] = decay
         self._before = []
         self.steps += 1
+        if (model := self.model()) is not None:
+            self.attached = adapted(model).meter.take()
         self.fire("step", optimizer)
 
     def _note_gradients(self) -> None:

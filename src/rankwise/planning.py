@@ -1,7 +1,7 @@
 """The plan: which sites, which ranks, how many parameters, how much memory and arithmetic. Touches no tensor; a model on `meta` will do."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,9 +12,12 @@ from rankwise.errors import RecipeError, TargetError
 from rankwise.preparing import dense_bytes, layers_to_hold
 from rankwise.recipe import Recipe
 from rankwise.report import human_bytes
+from rankwise.routing import Block
+from rankwise.routing.context import gates_of
 from rankwise.sites import (
     AdaptedLinear,
     adapted_sites,
+    block_of,
     find_sites,
     group_of,
     kind_of,
@@ -54,6 +57,7 @@ class Plan:
     base_bytes: int
     notes: tuple[str, ...] = ()
     held: tuple[str, ...] = ()  # linear layers that the storage replaces by its own form
+    blocks: tuple[Block, ...] = ()  # that get a gate
     workspace: int = 0  # bytes of the largest weight that is dense for the length of a product only
 
     def parameters_of(self, site: Site) -> int:
@@ -62,8 +66,8 @@ class Plan:
 
     @property
     def adapter_parameters(self) -> int:
-        """Trained numbers in all adapters."""
-        return sum(self.parameters_of(site) for site in self.sites)
+        """Trained numbers in all adapters, gates of blocks among them."""
+        return sum(self.parameters_of(site) for site in self.sites) + sum(gate_parameters(self.recipe, block) for block in self.blocks)
 
     @property
     def trained_parameters(self) -> int:
@@ -85,6 +89,9 @@ class Plan:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
+        for block in self.blocks:
+            slots = self.recipe.routing.slots(block).values()
+            count += sum(slot.numel for slot in slots if not slot.trains(self.recipe.frozen_roles))
         return count
 
     @property
@@ -155,7 +162,7 @@ class Plan:
         return self._with([replace(site, experts=experts.get(site.name, site.experts)) for site in self.sites])
 
     def _with(self, sites: list[Site]) -> "Plan":
-        return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total))
+        return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total, self.blocks))
 
     def __str__(self) -> str:
         from rankwise.report import plan_text
@@ -167,6 +174,11 @@ def site_parameters(recipe: Recipe, site: Site) -> int:
     """Trained numbers of a recipe at a site, from shapes alone."""
     slots = recipe.update.slots(site) | recipe.gain.slots(site)
     return sum(slot.numel for slot in slots.values() if slot.trains(recipe.frozen_roles))
+
+
+def gate_parameters(recipe: Recipe, block: Block) -> int:
+    """Trained numbers of the gate of a block."""
+    return sum(slot.numel for slot in recipe.routing.slots(block).values() if slot.trains(recipe.frozen_roles))
 
 
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -223,6 +235,13 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
     recipe.schedule.check(sites)
+    if recipe.update.whole_rows and getattr(model, "can_generate", bool)():
+        raise RecipeError(
+            f"update={recipe.update.name!r} with these options reads a whole row before it acts on its first token, and this model writes "
+            "token after token: earlier ones would see later ones in training, and could not when it generates; use granularity='token'"
+        )
+    blocks = _blocks(model, recipe, sites)
+    recipe.routing.check(blocks)
     if recipe.base == "fold":
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.init.calibration is not None:
@@ -237,13 +256,43 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         recipe,
         tuple(sites),
         tuple((name, sum(p.numel() for p in module.parameters())) for name, module in apart),
-        coverage(recipe, sites, _linear_count(model)),
+        coverage(recipe, sites, _linear_count(model), blocks),
         base.parameters,
         base.bytes,
         tuple(notes),
         base.held,
+        blocks,
         base.workspace,
     )
+
+
+def _blocks(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> tuple[Block, ...]:
+    """The blocks that get a gate, in the model's order; none where the routing has no gates."""
+    if recipe.routing.module is None:
+        return ()
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise TargetError(
+            f"routing={recipe.routing.name!r} reads the prompt before each block, and this model has an encoder and a decoder; use "
+            "routing='none'"
+        )
+    members: dict[str, list[Site]] = {}
+    for site in sites:
+        members.setdefault(block_of(site.name), []).append(site)
+    if outside := members.get(""):
+        raise TargetError(
+            f"{outside[0].name} lies in no transformer block, and routing={recipe.routing.name!r} has one gate a block; take it out with "
+            "targets.exclude"
+        )
+    for name in members:
+        if isinstance(block := model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise TargetError(
+                f"{name} is a {type(block).__name__}, which would run or hold the gate as one of its own parts; "
+                f"routing={recipe.routing.name!r} needs blocks with a forward of their own"
+            )
+    text = getattr(config, "get_text_config", lambda: config)()
+    width = getattr(text, "hidden_size", None)
+    return tuple(Block(name, width or mine[0].in_features, tuple(site.name for site in mine)) for name, mine in members.items())
 
 
 class _Base(NamedTuple):
@@ -296,12 +345,22 @@ def summary(model: nn.Module) -> tuple[Coverage, ...]:
         name: sum(p.numel() for part in (module.update, module.gain) if part is not None for p in part.parameters())
         for name, module in adapted.items()
     }
-    return _rows([(module.site, counted[name]) for name, module in adapted.items()], _linear_count(model))
+    rows = _rows([(module.site, counted[name]) for name, module in adapted.items()], _linear_count(model))
+    gates = gates_of(model)
+    return rows + _gate_rows([(gate.block, sum(p.numel() for p in gate.parameters())) for gate in gates.values()])
 
 
-def coverage(recipe: Recipe, sites: list[Site], total: int) -> tuple[Coverage, ...]:
-    """One row per pattern."""
-    return _rows([(site, site_parameters(recipe, site)) for site in sites], total)
+def coverage(recipe: Recipe, sites: list[Site], total: int, blocks: Sequence[Block] = ()) -> tuple[Coverage, ...]:
+    """One row per pattern, and one for the gates."""
+    rows = _rows([(site, site_parameters(recipe, site)) for site in sites], total)
+    return rows + _gate_rows([(block, gate_parameters(recipe, block)) for block in blocks])
+
+
+def _gate_rows(counted: list[tuple[Block, int]]) -> tuple[Coverage, ...]:
+    if not counted:
+        return ()
+    shapes = tuple(dict.fromkeys(f"{len(block.sites)} x {block.width}" for block, _ in counted))
+    return (Coverage("a gate on each block", len(counted), len(counted), shapes, (), sum(count for _, count in counted)),)
 
 
 def _rows(counted: list[tuple[Site, int]], total: int) -> tuple[Coverage, ...]:

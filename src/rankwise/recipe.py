@@ -11,7 +11,7 @@ from rankwise.errors import RecipeError, nearest
 from rankwise.gains import GAINS, GainChoice, NoGain
 from rankwise.gradients import GRADIENTS, GradientRule, Plain
 from rankwise.inits import INITS, Init, Kaiming
-from rankwise.routing import ROUTINGS, Everywhere
+from rankwise.routing import ROUTINGS, Everywhere, RoutingChoice
 from rankwise.schedules import SCHEDULES, Constant, Schedule
 from rankwise.storage import STORAGES, Keep, StorageChoice
 from rankwise.updates import UPDATES, LowRank, UpdateChoice
@@ -35,7 +35,7 @@ _KINDS: dict[str, type[Any]] = {
     "gradient": GradientRule,
     "schedule": Schedule,
     "storage": StorageChoice,
-    "routing": Everywhere,
+    "routing": RoutingChoice,
 }
 
 
@@ -76,7 +76,7 @@ class Recipe:
     gradient: GradientRule = Plain()
     schedule: Schedule = Constant()
     storage: StorageChoice = Keep()
-    routing: Everywhere = Everywhere()
+    routing: RoutingChoice = Everywhere()
     rank: int = 16
     alpha: float | None = None
     scaling: Literal["lora", "rslora"] = "lora"
@@ -93,6 +93,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether facts of the batch must reach the adapters, so that the model gets hooks at its root."""
+        return self.update.reads_context or self.routing.module is not None
 
     @property
     def frozen_roles(self) -> frozenset[str]:

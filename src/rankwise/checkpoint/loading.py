@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from rankwise.adapting import Stored, build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
-from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, is_stacked, pool_keys, shapes
+from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, gate_keys, is_stacked, pool_keys, shapes
 from rankwise.checkpoint.peft_reader import recipe_of, without_base_copies
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
+from rankwise.routing import Block
 from rankwise.sites import trained_modules
 from rankwise.updates import UPDATES
 
@@ -70,7 +71,8 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False, tasks: int
     stored = {site.name: decode(site, recipe, opened.peft_type, opened.tensors) for site in made.sites}
     if tasks is not None:
         made, stored = _first_tasks(opened, stored, tasks)
-    model = build(base, recipe, made, stored, pool)
+    gates = {block.name: _gate(block, opened) for block in made.blocks}
+    model = build(base, recipe, made, stored, pool, gates=gates)
     for name, module in trained_modules(model).items():
         module.trained.load_state_dict({key: opened.tensors[full] for key, full in heads[name].items()})
     model.rankwise.notes.extend(opened.notes)  # pyright: ignore
@@ -258,6 +260,9 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
     expected: dict[str, tuple[int, ...]] = {}
     for site in opened.plan.sites:
         expected |= shapes(site, opened.recipe, opened.peft_type)
+    for block in opened.plan.blocks:
+        slots = opened.recipe.routing.slots(block)
+        expected |= {key: slots[name].shape for name, key in gate_keys(block.name, slots).items()}
     heads: dict[str, dict[str, str]] = {}
     for name, _ in opened.plan.trained_modules:
         state = base.get_submodule(name).state_dict()
@@ -279,6 +284,11 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
                 "save_projection=True"
             )
     return expected, heads, pool
+
+
+def _gate(block: Block, opened: _Opened) -> dict[str, Tensor]:
+    """Slot name -> tensor, of the gate of one block."""
+    return {name: opened.tensors[key] for name, key in gate_keys(block.name, opened.recipe.routing.slots(block)).items()}
 
 
 def _check_tensors(opened: _Opened, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -26,7 +26,7 @@ from rankwise.planning import Plan
 from rankwise.preparing import needs_dense
 from rankwise.recipe import Recipe
 from rankwise.sites import AdaptedLinear, adapted_sites
-from rankwise.updates import Site
+from rankwise.updates import Site, Slot
 
 PREFIX = "base_model.model."
 NATIVE = "RANKWISE"
@@ -127,6 +127,11 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
     elif recipe.init.moves_base:
         start = Start(tensors[f"{PREFIX}{site.name}.start_down"], tensors[f"{PREFIX}{site.name}.start_up"])
     return Stored(update, gain, start)
+
+
+def gate_keys(block: str, slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Slot name -> key in the file, of the gate of a block."""
+    return {name: f"{PREFIX}{block}.{slot.key}" for name, slot in slots.items()}
 
 
 def pool_keys(peft_type: str, buffers: Collection[str]) -> dict[str, str]:

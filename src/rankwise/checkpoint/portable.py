@@ -83,6 +83,6 @@ def _pair(module: AdaptedLinear) -> tuple[Tensor, Tensor]:
     name = module.site.name
     if module.gain is not None:
         raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")
-    if module.update is None or module.update.token_core is not None:
+    if module.update is None or module.depends_on_input:
         raise CheckpointError(f"{name}: the update depends on the token, which a plain LoRA cannot hold")
     return stacked(module.update.factors(), None if module.offset is None else module.offset.start())

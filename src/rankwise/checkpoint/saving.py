@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rankwise.adapting import Adapted, adapted, base_weights
 from rankwise.checkpoint.atomic import write_folder
 from rankwise.checkpoint.naming import base_names
-from rankwise.checkpoint.peft_layout import PREFIX, collect, config_of, encode, is_stacked, layout_of, pool_keys
+from rankwise.checkpoint.peft_layout import PREFIX, collect, config_of, encode, gate_keys, is_stacked, layout_of, pool_keys
 from rankwise.errors import CheckpointError
+from rankwise.routing.context import gates_of
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.updates import Site
 
@@ -84,6 +85,8 @@ def _tensors(model: nn.Module, record: Adapted, peft_type: str) -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for module in adapted_sites(model).values():
         tensors |= encode(module.site, record.recipe, peft_type, collect(module))
+    for name, gate in gates_of(model).items():
+        tensors |= {key: getattr(gate, slot).detach() for slot, key in gate_keys(name, gate.slots).items()}
     for name, module in trained_modules(model).items():
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
     # copies: a safetensors file takes no views and no shared memory

@@ -2,8 +2,8 @@
 
     o_n <- o_n (release - k - 1) / (release - k)      after step k = 0, 1, .. of the task: from the guard to zero in `release` steps
 
-    selector penalty        selector_l1 * sum_i |D_i|_1 a site      gradient selector_l1 * sign(D_i)                (AM-LoRA, mode a)
-    orthogonality penalty   orthogonality * sum_{i<n} |A_n A_i^T|_F^2 a site      gradient 2 orthogonality A_n A_i^T A_i        (O-LoRA)
+    selector penalty        selector_l1 * mean over sites of sum_i |D_i|_1     gradient selector_l1 / sites * sign(D_i)   (AM-LoRA, mode a)
+    orthogonality penalty   orthogonality * sum_{i<n} |A_n A_i^T|_F^2 a site   gradient 2 orthogonality A_n A_i^T A_i     (O-LoRA)
 
 AM-LoRA, arXiv 2409.19611; O-LoRA, Wang et al. 2023, arXiv 2310.14152, section 3. Both penalties are of parameters alone, so their
 gradients are added in closed form when those of a step are final, and no loss contains them.
@@ -46,11 +46,12 @@ class Growing(Running):
 
     def _penalise(self, update: Any) -> Tensor | float:
         total: Tensor | float = 0.0
-        if self.choice.selector_l1:
+        weight = self.choice.selector_l1 / len(self.sites)
+        if weight:
             for name, parameter in update.named_parameters():
                 if name.startswith("selector_") and parameter.grad is not None:
-                    parameter.grad.add_(parameter.sign(), alpha=self.choice.selector_l1)
-                    total = total + self.choice.selector_l1 * parameter.abs().sum()
+                    parameter.grad.add_(parameter.sign(), alpha=weight)
+                    total = total + weight * parameter.abs().sum()
         newest = getattr(update, f"down_{update.experts}")
         if self.choice.orthogonality and update.experts > 1 and newest.grad is not None:
             earlier = torch.cat([getattr(update, f"down_{number}") for number in range(1, update.experts)])  # ((n - 1) rank, in)

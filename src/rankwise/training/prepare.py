@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from rankwise.errors import ConfigError
 from rankwise.training.collate import Collator
-from rankwise.training.config import Config
+from rankwise.training.config import Config, resolve
 from rankwise.training.encoded import ALLOWED
-from rankwise.training.rows import Rows, read_rows
+from rankwise.training.rows import Rows, read_rows, types_of
 
 DEMO_FILES = {
     "causal": {"train": "train.jsonl", "eval": "test.jsonl", "general": "general.jsonl"},
@@ -91,28 +91,54 @@ def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> 
     """
     rows = {part: None if found is None else read_rows(found[0], found[1]) for part, found in source_names(config).items()}
     train = cast(Rows, rows["train"])
+    kinds = _kinds(config, train)
     if config.task == "classification":
         if rows["general"] is not None:
             raise ConfigError("data.general is for causal language models; a classifier has no loss on general text; take it out")
-        return _classification(config, train, rows["eval"], tokenizer, labels)
-    return _causal(config, train, rows["eval"], rows["general"], tokenizer)
+        return _classification(config, _without_types(train, config), _without_types(rows["eval"], config), tokenizer, labels, kinds)
+    train, tested, general = (_without_types(rows[part], config) for part in ("train", "eval", "general"))
+    return _causal(config, cast(Rows, train), tested, general, tokenizer, kinds)
+
+
+def _kinds(config: Config, train: Rows) -> list[int] | None:
+    """The kind of each training row, where data.types names a column.
+
+    Raises:
+        ConfigError: the method must know it, and no column is named. DataError: as `types_of`.
+    """
+    if config.data.types is not None:
+        return types_of(train, config.data.types)
+    if reason := resolve(config).update.missing_fact():
+        raise ConfigError(f"data.types is missing: {reason}")
+    return None
+
+
+def _without_types(rows: Rows | None, config: Config) -> Rows | None:
+    """Rows as they would be without the column of kinds, which is no part of their shape."""
+    column = config.data.types
+    if rows is None or column is None:
+        return rows
+    return dataclasses.replace(rows, rows=[{key: value for key, value in row.items() if key != column} for row in rows.rows])
 
 
 def calibration_batches(config: Config, data: Prepared, rows: int) -> list[dict[str, Any]]:
     """Batches of `train.batch_size` training rows, drawn without replacement from the run's seed; all rows where there are fewer."""
     drawn = random.Random(f"{config.seed}/calibration").sample(range(len(data.train)), min(rows, len(data.train)))
     size = config.train.batch_size
-    return [data.collate([data.train[index] for index in drawn[start : start + size]]) for start in range(0, len(drawn), size)]
+    read = [{key: value for key, value in data.train[index].items() if key != "sample_types"} for index in drawn]
+    return [data.collate(read[start : start + size]) for start in range(0, len(read), size)]
 
 
-def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any) -> Prepared:
+def _causal(
+    config: Config, train_rows: Rows, eval_rows: Rows | None, general_rows: Rows | None, tokenizer: Any, kinds: list[int] | None
+) -> Prepared:
     from rankwise.training.encoded import check_encoded
     from rankwise.training.shapes import recognise
     from rankwise.training.tokenize import encode_rows
 
     length, loss_on = config.train.max_length, config.train.loss_on
     shape = recognise(train_rows, config.task)
-    train = check_encoded(encode_rows(train_rows, shape, tokenizer, length, loss_on), config.allow)
+    train = check_encoded(encode_rows(train_rows, shape, tokenizer, length, loss_on, types=kinds), config.allow)
     scored: dict[str, Any] = {}
     if eval_rows is not None:
         encoded = encode_rows(eval_rows, recognise(eval_rows, config.task), tokenizer, length, loss_on, train=train)
@@ -124,10 +150,12 @@ def _causal(config: Config, train_rows: Rows, eval_rows: Rows | None, general_ro
     return Prepared(train, scored, Collator(tokenizer.pad_token_id), shape.describe(), None)
 
 
-def _classification(config: Config, train_rows: Rows, eval_rows: Rows | None, tokenizer: Any, labels: list[str] | None) -> Prepared:
+def _classification(
+    config: Config, train_rows: Any, eval_rows: Rows | None, tokenizer: Any, labels: list[str] | None, kinds: list[int] | None
+) -> Prepared:
     from rankwise.training.classification import encode_classification
 
     length = config.train.max_length
-    train = encode_classification(train_rows, tokenizer, length, labels)
+    train = dataclasses.replace(encode_classification(train_rows, tokenizer, length, labels), types=kinds)
     scored = {} if eval_rows is None else {"task": encode_classification(eval_rows, tokenizer, length, train.names)}
     return Prepared(train, scored, Collator(tokenizer.pad_token_id), "text and label", list(train.names))

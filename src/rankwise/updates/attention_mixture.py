@@ -21,30 +21,20 @@ from torch import Tensor
 
 from rankwise.equation import Factors
 from rankwise.errors import CheckpointError, RecipeError
+from rankwise.routing.context import attach, current
 from rankwise.updates.base import Site, Slot, Update, UpdateChoice
 
 
-class _Attached(torch.autograd.Function):
-    """x unchanged; in the backward the loss gets a gradient of 1."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.kind = loss.dtype, loss.device
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0], torch.ones((), dtype=ctx.kind[0], device=ctx.kind[1])
-
-
-def attach(x: Tensor, loss: Tensor) -> Tensor:
-    """x, with a loss that is minimised along with whatever x leads to."""
-    return cast(Tensor, _Attached.apply(x, loss))
-
-
-def masked_mean(values: Tensor) -> Tensor:
-    """Mean over the tokens."""
-    return values.mean()
+def masked_mean(values: Tensor, keepdim: bool = False) -> Tensor:
+    """Mean over the tokens (batch, length, ...) that are no padding: over all of them, or with `keepdim` of each row, (batch, 1, ...)."""
+    context = current()
+    mask = None if context is None else context.mask
+    if mask is None or values.shape[:2] != mask.shape:
+        return values.mean(1, keepdim=True) if keepdim else values.mean()
+    weights = mask.to(values.dtype).view(*mask.shape, *[1] * (values.dim() - 2))
+    if keepdim:
+        return (values * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(1)
+    return (values * weights).sum() / weights.sum().clamp_min(1)
 
 
 _TINY = 1e-6  # added to the mean square of a feature before its root
@@ -76,9 +66,7 @@ class AttentionMixtureUpdate(Update):
         if self.choice.constant_core:
             silent = down.new_zeros(1, down.shape[0])
             scores, gates = self.gates(silent)
-            core = self._chosen(gates)[0].repeat_interleave(len(downs[0]))
-            if self.training and torch.is_grad_enabled() and (loss := self.loss(silent, scores, gates)) is not None:
-                core = attach(core, loss)
+            core = self._penalised(self._chosen(gates)[0], silent, scores, gates).repeat_interleave(len(downs[0]))
         return Factors(down, up, core=core, scaling=self.scaling)
 
     @property
@@ -88,10 +76,7 @@ class AttentionMixtureUpdate(Update):
     def _mixed(self, x: Tensor, h: Tensor) -> Tensor:
         """h (..., experts * rank) with each LoRA's ranks times its gate."""
         scores, gates = self.gates(h)
-        chosen = self._chosen(gates)
-        if self.training and torch.is_grad_enabled() and (loss := self.loss(h, scores, gates)) is not None:
-            chosen = attach(chosen, loss)
-        chosen = chosen.to(h.dtype).unsqueeze(-1)  # (..., experts, 1)
+        chosen = self._penalised(self._chosen(gates), h, scores, gates).to(h.dtype).unsqueeze(-1)  # (..., experts, 1)
         return (h.view(*h.shape[:-1], self.experts, -1) * chosen).reshape(h.shape)
 
     def _chosen(self, gates: Tensor) -> Tensor:
@@ -142,7 +127,7 @@ class AttentionMixtureUpdate(Update):
         if self.choice.normalise:
             features = features / self._lengths(h, ups)
         if self.choice.granularity == "sequence_mean" and features.dim() > 2:
-            features = features.mean(-2, keepdim=True)
+            features = masked_mean(features, keepdim=True)
         return self._phi(features + biases) + offsets
 
     def _phi(self, scores: Tensor) -> Tensor:
@@ -157,15 +142,18 @@ class AttentionMixtureUpdate(Update):
 
     # --- losses on activations ---------------------------------------------------------------------------------------------------------
 
-    def loss(self, h: Tensor, scores: Tensor, gates: Tensor) -> Tensor | None:
-        """The weighted penalties of this site, a scalar: means over the tokens that are no padding; None where there are none."""
-        total = None
+    def _penalised(self, tensor: Tensor, h: Tensor, scores: Tensor, gates: Tensor) -> Tensor:
+        """The tensor with the weighted penalties attached, in training: means over the sites and over the tokens that are no padding."""
+        context = current()
+        if context is None or context.phase != "train":
+            return tensor
         if self.choice.penalty != "none":
-            total = self.choice.penalty_weight * masked_mean(penalty(self.choice.penalty, scores, gates, self.choice.zero))
+            value = masked_mean(penalty(self.choice.penalty, scores, gates, self.choice.zero))
+            tensor = attach(tensor, value * (self.choice.penalty_weight / context.sites), self.choice.penalty)
         if self.choice.distill and self.experts > 1:
-            told = self.choice.distill * masked_mean(self._forgotten(h, scores))
-            total = told if total is None else total + told
-        return total
+            value = masked_mean(self._forgotten(h, scores))
+            tensor = attach(tensor, value * (self.choice.distill / context.sites), "distill")
+        return tensor
 
     def _forgotten(self, h: Tensor, scores: Tensor) -> Tensor:
         """KL(old gates | those of the earlier entries among themselves now), for the inputs at hand: (...)."""
@@ -306,6 +294,16 @@ class AttentionMixture(UpdateChoice):
     def constant_core(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Gates of a layer do not see the token, so they merge."""
         return self.granularity == "layer"
+
+    @property
+    def reads_context(self) -> bool:
+        """Padding must be known for means over tokens, and losses need the forward they belong to."""
+        return self.penalty != "none" or self.distill > 0 or self.whole_rows
+
+    @property
+    def whole_rows(self) -> bool:
+        """A mean over a row holds its last token."""
+        return self.granularity == "sequence_mean"
 
     @property
     def zero(self) -> bool:

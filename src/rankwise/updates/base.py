@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise.equation import Factors
 from rankwise.errors import RecipeError
 
-Role = Literal["down", "up", "core", "tail", "gain", "gate", "other"]
+Role = Literal["down", "up", "core", "tail", "gain", "gate", "activation", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,20 @@ class UpdateChoice(ABC):
     grows: ClassVar[bool] = False
     #: whether the core is the same for all tokens
     constant_core: ClassVar[bool] = True
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether it reads facts of the batch (`rankwise.routing.context`) or attaches losses to the graph."""
+        return False
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether what it does to a token depends on those behind it, so that no model that generates can have it."""
+        return False
+
+    def missing_fact(self) -> str:
+        """Why training must know the type of every sample; empty where it need not."""
+        return ""
 
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
