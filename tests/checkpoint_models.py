@@ -118,6 +118,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
     "adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
     "am-lora": ("llama", _named("am-lora"), "RANKWISE"),
+    "loramoe": ("llama", lambda: rw.recipes.loramoe(rank=2, experts=3), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),

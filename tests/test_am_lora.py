@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.checkpoint import load_trainable_state, trainable_state
+from rankwise.checkpoint.portable import export_lora
 from rankwise.equation import form_of
 from rankwise.errors import CheckpointError, RecipeError, TargetError, TrainingError
 from rankwise.recipe import Recipe
+from rankwise.routing.static import mean_mixture, one_expert
 from rankwise.sites import adapted_sites
 from rankwise.updates.attention_mixture import penalty
 
@@ -70,7 +72,7 @@ def loop(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def gates_of(model: Any, x: Tensor) -> Tensor:
     update = site(model).update
-    return update.gates(x @ update.factors().down.T)[1]
+    return update.weigh(x @ update.factors().down.T)[1]
 
 
 # --- the equation ----------------------------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_gates_sum_to_one_and_only_differences_of_scores_count() -> None:
     h = rows() @ update.factors().down.T
     selector = update.selector()
     moved = selector._replace(offsets=selector.offsets + 2.5)
-    torch.testing.assert_close(update.gates(h, moved)[1], update.gates(h)[1], **EXACT)
+    torch.testing.assert_close(update.weigh(h, moved)[1], update.weigh(h)[1], **EXACT)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -164,7 +166,7 @@ def test_the_score_from_h_is_the_score_of_the_output() -> None:
     model, _ = small(3, phi="identity", guard=0.0)
     update: Any = site(model).update
     h = rows() @ update.factors().down.T
-    scores = update.gates(h)[0]
+    scores = update.weigh(h)[0]
     for number in range(1, 4):
         feature = update.scaling * h[..., 3 * number - 3 : 3 * number] @ getattr(update, f"up_{number}").T  # (4, 5, out)
         wanted = feature @ getattr(update, f"selector_{number}") + getattr(update, f"bias_{number}")
@@ -193,7 +195,7 @@ def test_scores_and_gates_are_fp32_under_autocast_and_over_a_bf16_base() -> None
     update = site(model).update
     x = rows().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        scores, gates = update.gates(x @ update.factors().down.T.bfloat16())  # pyright: ignore
+        scores, gates = update.weigh(x @ update.factors().down.T.bfloat16())  # pyright: ignore
         model(x).sum().backward()
     assert scores.dtype == gates.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -355,7 +357,7 @@ def test_the_l1_norm_of_a_softmax_teaches_nothing() -> None:
     model, _ = small(3)
     update: Any = site(model).update
     h = rows() @ update.factors().down.T.detach()
-    scores, gates = update.gates(h)
+    scores, gates = update.weigh(h)
     directions = update._all("selector")
     (literal, *_) = torch.autograd.grad(gates.abs().sum(), directions, retain_graph=True)
     assert literal.abs().max() < 1e-14
@@ -401,9 +403,9 @@ def test_losses_on_activations_are_attached_to_the_graph(options: Any) -> None:
     mine = [p.grad.clone() for p in trained]  # type: ignore[union-attr]
     update: Any = site(model).update
     h = rows() @ update.factors().down.T
-    scores, gates = update.gates(h)
+    scores, gates = update.weigh(h)
     if "distill" in options:
-        was = torch.softmax(update.gates(h[..., :6].detach(), _old(update))[0], -1)
+        was = torch.softmax(update.weigh(h[..., :6].detach(), _old(update))[0], -1)
         now = torch.softmax(scores[..., :3], -1)
         extra = (was * (was / now).log()).sum(-1).mean()
     else:
@@ -550,6 +552,69 @@ def test_a_plain_loop_resumes_bit_for_bit_in_the_middle_of_a_sequence(at: tuple[
         assert torch.equal(state[name], value), name
     assert torch.equal(logits(again, token_ids()), logits(whole, token_ids()))
     assert resumed.rankwise_session.report() == stepping.rankwise_session.report()
+
+
+@pytest.mark.check("am-lora", 10)
+def test_a_mixture_held_still_is_exact_where_its_gates_are_constant(tmp_path: Path) -> None:
+    """D = 0: every token has the gates of the biases. Their mean is they, and the plain LoRA of rank t r computes what the model does.
+    With selectors that see the token it is near, and the distance of the gates says how near."""
+    model, _ = sequence(3)
+    batches = [{"input_ids": token_ids(seed=seed)} for seed in range(2)]
+    near = mean_mixture(model, batches)
+    assert all(0 < error < 0.5 for error in near.errors.values())
+    with torch.no_grad():
+        for module in adapted_sites(model).values():
+            for selector in module.update._all("selector"):  # pyright: ignore
+                selector.zero_()
+    mixture = mean_mixture(model, batches)
+    assert all(error < 1e-6 for error in mixture.errors.values())
+    before = logits(model, token_ids())
+    export_lora(model, tmp_path / "plain", mixture)
+    plain = rw.load(llama(), tmp_path / "plain")
+    assert {module.site.rank for module in adapted_sites(plain).values()} == {6}
+    torch.testing.assert_close(logits(plain, token_ids()), before, rtol=1e-5, atol=1e-5)
+    assert (logits(llama(), token_ids()) - before).abs().max() > 1e-2
+    with pytest.raises(CheckpointError, match="the update depends on the token, which a plain LoRA cannot hold"):
+        export_lora(model, tmp_path / "no")
+
+
+def test_the_lora_of_one_task_alone_is_a_plain_lora(tmp_path: Path) -> None:
+    model, _ = sequence(3)
+    export_lora(model, tmp_path, one_expert(model, 1))
+    alone = rw.load(llama(), tmp_path)
+    for name, module in adapted_sites(alone).items():
+        update: Any = adapted_sites(model)[name].update
+        assert module.site.rank == 2
+        wanted = update.scaling * update.up_2 @ update.down_2
+        torch.testing.assert_close(module.update.factors().delta(), wanted, rtol=1e-6, atol=1e-8)  # pyright: ignore
+    with pytest.raises(TargetError, match="expert=3: the sites have 3 experts, numbered 0 to 2"):
+        one_expert(model, 3)
+
+
+# --- losses and padding ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"sparsity": "gates"}, {"granularity": "sequence_mean"}], ids=str)
+def test_padding_enters_no_mean(options: Any) -> None:
+    """The gradients of a row do not depend on how far it is padded, nor with what."""
+    from checkpoint_models import base
+
+    found = []
+    for padding in (0, 3):
+        model = rw.adapt(base("bert"), rw.recipes.am_lora(**{"rank": 2, "targets": ["query"], "sparsity_weight": 5.0} | options))
+        perturb(model)
+        model.training = True  # of the root alone: losses are attached, and nothing is dropped
+        ids = torch.cat([token_ids(rows=2, length=4) % 64, torch.full((2, padding), 9)], dim=1)
+        mask = torch.tensor([[1] * 4 + [0] * padding] * 2)
+        model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1])).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_writes_cannot_take_a_mean_over_the_row() -> None:
+    with pytest.raises(RecipeError, match="this model writes token after token"):
+        rw.adapt(llama(), rw.recipes.am_lora(granularity="sequence_mean"))
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rankwise.training.trainers import RankwiseTrainer
 from rankwise.training.use import evaluate, open_adapter
 
 LETTERS = ("ab", "cd", "ef")
+torch.set_num_threads(1)  # the models are far too small for more
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +43,23 @@ def config(world: Path, kind: str, output: Path, method: Any = "am-lora", count:
     return {key: value for key, value in plain.items() if key != "data"} | {"data": {"tasks": tasks}, "rank": 2, "dropout": 0.1}
 
 
-@pytest.mark.parametrize("method", ["am-lora", {"name": "am-lora", "selector_train": "new", "sparsity": "gates"}, "lora"], ids=str)
-@pytest.mark.parametrize("kind", ["classification", "completion"])
+NEW = {"name": "am-lora", "selector_train": "new", "sparsity": "gates"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("classification", "am-lora"), ("completion", NEW), ("classification", "lora"), ("completion", "lora")], ids=str
+)
 def test_a_sequence_resumes_bit_for_bit_wherever_it_was_stopped(
     kind: str, method: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped inside the first task, between the first and the second, at the first step of the second, and inside the third."""
+    """Stopped inside the first task, between the first and the second, and inside the third."""
     whole = train(config(world, kind, tmp_path / "whole", method), console=silent_console())
     inner = RankwiseTrainer.training_step
 
     class Stopped(Exception):
         """Stands for whatever ends a process."""
 
-    for task, step in ((0, 2), (1, 1), (1, 3), (2, 2)):
+    for task, step in ((0, 2), (1, 1), (2, 2)):
 
         def stopped(self: Any, *args: Any, task: int = task, step: int = step, **kwargs: Any) -> Any:
             if self.run.root.name.startswith(f"{task + 1:02d}-") and self.state.global_step + 1 == step:
@@ -72,6 +77,15 @@ def test_a_sequence_resumes_bit_for_bit_wherever_it_was_stopped(
         assert (whole.run / name).read_bytes() == (resumed.run / name).read_bytes(), name
     assert whole.sequence == resumed.sequence == json.loads((whole.run / "results.json").read_text())["sequence"]
     assert resumed.steps == 9
+    # only what was seen is scored, and each task was learned
+    matrix = whole.sequence["matrix"]  # pyright: ignore
+    assert [[value is None for value in row] for row in matrix] == [[j > i for j in range(3)] for i in range(3)]
+    for number, letters in enumerate(LETTERS):
+        after = json.loads((whole.run / "tasks" / f"{number + 1:02d}-{letters}" / "results.json").read_text())["after"]
+        assert list(after) == list(LETTERS[: number + 1])
+        assert after[letters]["loss"] < whole.before[letters]["loss"]
+    if kind == "classification":  # one label space: the union
+        assert json.loads((whole.adapter / "training.json").read_text())["labels"] == list("abcdef")
     # a finished run says so again, and says the same
     again = train(config(world, kind, tmp_path / "cut", method), console=silent_console())
     assert again.sequence == whole.sequence
@@ -85,18 +99,6 @@ def test_a_sequence_resumes_bit_for_bit_wherever_it_was_stopped(
     # and so does what each task left
     first = open_adapter(whole.run.root / "tasks" / "01-ab" / "adapter")
     assert {module.site.experts for module in adapted_sites(first.model).values()} == {1}
-
-
-def test_the_matrix_is_lower_triangular_and_learning_shows(world: Path, tmp_path: Path) -> None:
-    result = train(config(world, "classification", tmp_path / "run", steps=25, save_every=25, lr=2e-2), console=silent_console())
-    assert result.sequence is not None
-    matrix = result.sequence["matrix"]
-    assert result.sequence["tasks"] == list(LETTERS)
-    assert [[value is None for value in row] for row in matrix] == [[j > i for j in range(3)] for i in range(3)]
-    assert all(matrix[i][i] > result.before[LETTERS[i]]["accuracy"] for i in range(3))
-    assert result.after["ef"]["accuracy"] == matrix[2][2]
-    about = json.loads((result.adapter / "training.json").read_text())
-    assert about["labels"] == list("abcdef")  # one label space: the union
 
 
 def test_what_is_reported_is_what_the_papers_define() -> None:
@@ -192,7 +194,9 @@ def test_what_is_wrong_with_the_rows_of_a_task_is_named(world: Path, tmp_path: P
 
     both, second = str(world / "all.jsonl"), str(world / "classes-1.jsonl")
     refused({"filter": {"label": ["x"]}}, DataError, r"task 'cd': .*classes-1.jsonl: no row has label in \['x'\], which filter asks for")
-    refused({"filter": {"kind": 1}}, DataError, "task 'cd': .*line 1: filter names the column 'kind', which the row lacks; it has text, label")
+    refused(
+        {"filter": {"kind": 1}}, DataError, "task 'cd': .*line 1: filter names the column 'kind', which the row lacks; it has text, label"
+    )
     refused({"data": second}, ConfigError, "task 'cd' has no rows to evaluate on")
     # a class that no task trains on
     write_rows(world / "unseen.jsonl", [{"text": "zzz", "label": "z"}])

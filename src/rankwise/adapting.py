@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankwise.calibration import beginnings
 from rankwise.equation import Start
 from rankwise.errors import TargetError
-from rankwise.inits import Beginning, site_generator
+from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
@@ -46,6 +46,7 @@ class Stored:
     update: Mapping[str, Tensor]  # slot name -> tensor
     gain: Mapping[str, Tensor]  # slot name -> what `Gain.saved` gave
     start: Start | None = None  # of a recipe whose init moves the base
+    weight: Tensor | None = None  # the base weight as a schedule has written it
 
 
 def adapted(model: nn.Module) -> Adapted:
@@ -185,6 +186,8 @@ def _adapter(
     storage = storage_of(layer)
     # dense until here where a residual is to be quantized, or the lengths of the original rows are wanted
     late = recipe.storage.quantizes and site.name in late_sites
+    rewrites = recipe.schedule.rewrites_base
+    untouched = storage.read(layer).to("cpu", copy=True) if rewrites and recipe.schedule.original == "keep" else None
     original = storage.read(layer) if late and recipe.gain.needs_original else None
     update = None
     offset = None
@@ -200,7 +203,7 @@ def _adapter(
                 begun = made[site.name]
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
-                begun = recipe.init.begin(site, weight, None, generator)
+                begun = stacked_beginnings([recipe.init.begin(site, weight, None, generator) for _ in range(site.experts)])
                 for _ in range(recipe.storage.iterations - 1 if late else 0):
                     begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
@@ -211,7 +214,9 @@ def _adapter(
                 # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
                 offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
     folded = offset is not None and recipe.base == "fold"
-    if folded and offset is not None:
+    if stored is not None and stored.weight is not None:
+        storage.write(layer, stored.weight)
+    elif folded and offset is not None:
         layer = recipe.storage.hold(layer, moved(layer, offset, site.scaling, -1.0), dtype)
     elif late:
         layer = recipe.storage.hold(layer, storage.read(layer), dtype)
@@ -223,7 +228,11 @@ def _adapter(
         gain.begin(layer, storage, None if update is None else update.factors(), start, original)
         if stored is not None:
             gain.restore(**stored.gain)
-    return AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, None if projection is None else projection.member())
+    member = None if projection is None else projection.member()
+    adapter = AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, member)
+    adapter.original = untouched
+    adapter.written = stored is not None and stored.weight is not None
+    return adapter
 
 
 @torch.no_grad()
@@ -253,10 +262,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is exactly its base, bit for bit (to rounding where a recipe rewrote the base, as its plan says).
 
-    Nothing is frozen, thawed or moved; nesting is fine. A merged model is unmerged for the block.
+    Nothing is frozen, thawed or moved; nesting is fine. A merged model is unmerged for the block; where a schedule has written into the
+    base, the original weights stand in their places for the block.
+
+    Raises:
+        TargetError: a schedule has written into the base and its original weights were not kept.
     """
     adapted(model)
-    with base_weights(model), switched(model, enabled=False):
+    with base_weights(model), original_weights(model), switched(model, enabled=False):
         yield model
 
 
@@ -272,6 +285,31 @@ def base_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in merged_sites:
             _swap_out(module)
+
+
+@contextmanager
+def original_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block the base layers that a schedule has written into hold their original weights again."""
+    written = [module for module in adapted_sites(model).values() if module.written and module.enabled]
+    for module in written:
+        _needs_original(module)
+    for module in written:
+        module.aside = module.storage.read(module.base_layer).to("cpu", copy=True)
+        module.storage.write(module.base_layer, cast(Tensor, module.original).to(module.weight.device))
+    try:
+        yield
+    finally:
+        for module in written:
+            module.storage.write(module.base_layer, cast(Tensor, module.aside).to(module.weight.device))
+            module.aside = None
+
+
+def _needs_original(module: AdaptedLinear) -> None:
+    if module.original is None:
+        raise TargetError(
+            f"the training has written into {module.site.name}, and the original weights were not kept (original='drop'); load the base "
+            "again, or take the trained model with rankwise.merge(model, keep_base=False)"
+        )
 
 
 class Reference(nn.Module):
@@ -447,9 +485,14 @@ def unadapt(model: nn.Module) -> nn.Module:
     _refuse_while_disabled(model, "unadapt")
     if any(module.merged for module in adapted_sites(model).values()):
         unmerge(model)
+    for module in adapted_sites(model).values():
+        if module.written:
+            _needs_original(module)
     for name, module in adapted_sites(model).items():
         base = module.base_layer
-        if module.folded and module.offset is not None:
+        if module.written:
+            module.storage.write(base, cast(Tensor, module.original).to(module.weight.device))
+        elif module.folded and module.offset is not None:
             base = _unfolded(module, moved(base, module.offset, module.site.scaling, 1.0))
         _replace(model, name, base)
     for name, trained in trained_modules(model).items():

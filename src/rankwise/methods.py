@@ -99,6 +99,11 @@ ABOUT: dict[str, About] = {
         "Trains rank * (in + out) numbers a site and a selector of out + 1 a task; t tasks compute like one LoRA of t times the rank, "
         "and cannot be merged.",
     ),
+    "loramoe": About(
+        "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
+        "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
+        "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
+    ),
 }
 
 

@@ -100,9 +100,13 @@ class Plan:
         AdamW's two moments."""
         element = self.sites[0].element
         master, trained = max(4, element), self.trained_parameters
+        schedule = self.recipe.schedule
+        kept = schedule.rewrites_base and schedule.original == "keep"
+        original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
         return {
             "base weights": self.base_bytes,
             **({"dequantized weight": self.workspace} if self.workspace else {}),
+            **({"original weights (on the CPU)": original} if original else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
             "AdamW moments": 2 * master * trained,
@@ -217,10 +221,10 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) in tied:
             others = ", ".join(other for other in tied[id(weight)] if other != name)
-            if recipe.base == "fold":
-                raise TargetError(
-                    f"{name} shares its weight with {others}, which base='fold' would change too; use base='keep' or exclude it"
-                )
+            if recipe.base == "fold" or recipe.schedule.rewrites_base:
+                what = f"schedule={recipe.schedule.name!r}" if recipe.schedule.rewrites_base else "base='fold'"
+                instead = "" if recipe.schedule.rewrites_base else "use base='keep' or "
+                raise TargetError(f"{name} shares its weight with {others}, which {what} would change too; {instead}exclude it")
             notes.append(f"{name} shares its weight with {others}; merging will give {name} a weight of its own")
         group = group_of(name) if groups[group_of(name)] > 1 else ""
         size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -242,7 +246,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         )
     blocks = _blocks(model, recipe, sites)
     recipe.routing.check(blocks)
-    if recipe.base == "fold":
+    if recipe.schedule.rewrites_base:
+        notes.append(_rewriting_note(recipe))
+    elif recipe.base == "fold":
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.init.calibration is not None:
         notes.append(calibration_note(recipe.init.calibration, sites))
@@ -293,6 +299,14 @@ def _blocks(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> tuple[Bl
     text = getattr(config, "get_text_config", lambda: config)()
     width = getattr(text, "hidden_size", None)
     return tuple(Block(name, width or mine[0].in_features, tuple(site.name for site in mine)) for name, mine in members.items())
+
+
+def _rewriting_note(recipe: Recipe) -> str:
+    name = recipe.schedule.name
+    said = f"schedule={name!r} writes into the base weights while training, and an adapter file holds them"
+    if recipe.schedule.original == "keep":
+        return f"{said}; their originals are kept on the CPU, so disabled() and unadapt() give the base back bit for bit"
+    return f"{said}; their originals are dropped (original='drop'), so disabled() and unadapt() are refused once a step was taken"
 
 
 class _Base(NamedTuple):
@@ -409,8 +423,12 @@ def _last_match(patterns: Mapping[str, float], name: str, default: float) -> flo
 def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
     if kind != "embedding":
         return
+    if recipe.schedule.rewrites_base:
+        raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
     if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.init.moves_base or recipe.gradient.name == "lora-fa":
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
+    if "down" in recipe.frozen_roles:
+        raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")
     if recipe.dropout:
         raise TargetError(f"{name} is an embedding, whose token ids cannot be dropped; use dropout=0 or exclude it")
 

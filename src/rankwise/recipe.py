@@ -242,6 +242,10 @@ def _token_core(recipe: Recipe) -> bool:
     return not recipe.update.constant_core
 
 
+def _experts(recipe: Recipe) -> bool:
+    return recipe.update.name == "loramoe"
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -382,6 +386,12 @@ LEGALITY: tuple[Forbidden, ...] = (
         "update other than am-lora",
         "only AM-LoRA's sites can gain an expert; use update='am-lora', or schedule='none' to train one update on all tasks",
         _both(_is("schedule", "task-growth"), lambda recipe: recipe.update.name != "am-lora"),
+    ),
+    Forbidden(
+        "an update with experts",
+        "an init that moves the base",
+        "gates weigh the experts anew for each token, so their sum is never the start that was taken out; use init='kaiming'",
+        _both(_experts, _moves),
     ),
 )
 

@@ -15,7 +15,7 @@ from rankwise.inits import Corda, Kaiming, LoraGa, MinorComponents, OLora, Ortho
 from rankwise.recipe import Recipe, _coerce
 from rankwise.schedules import AdaLoraBudget, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import AttentionMixture, Mixer, NoUpdate, Svd, Vera
+from rankwise.updates import AttentionMixture, Experts, Mixer, NoUpdate, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -211,6 +211,33 @@ def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
 
 
+#: the feed-forward layers of the families this project knows
+FEED_FORWARD = (
+    r"re:.*\.(gate_proj|up_proj|down_proj|fc1|fc2|fc_in|fc_out|c_fc|mlp\.c_proj|dense_h_to_4h|dense_4h_to_h|w1|w2|w3|lin1|lin2"
+    r"|wi|wi_0|wi_1|wo|intermediate\.dense|layer\.\d+\.output\.dense)"
+)
+
+
+def loramoe(
+    experts: int = 6,
+    delta: float = 0.1,
+    beta: float = 0.1,
+    expert_types: tuple[int, ...] = (),
+    direction: Literal["paper", "aligned"] = "paper",
+    q_reduce: Literal["mean_valid", "sum"] = "mean_valid",
+    aggregate: Literal["sum", "mean"] = "sum",
+    **fields: Any,
+) -> Recipe:
+    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979): several pairs at each feed-forward layer, weighed for every token by a router, and a
+    loss that balances them by kind of sample. The official script trains with beta=0, delta=0 and experts=8.
+    """
+    fields.setdefault("rank", 4)
+    fields.setdefault("alpha", 8.0 * fields["rank"])
+    fields.setdefault("targets", FEED_FORWARD)
+    update = Experts(experts, delta, beta, tuple(expert_types), direction, q_reduce, aggregate)
+    return _recipe(fields, name="loramoe", update=update, dropout=0.05)
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "lora": lora,
     "rslora": rslora,
@@ -228,4 +255,5 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "propulsion": propulsion,
     "adalora": adalora,
     "am-lora": am_lora,
+    "loramoe": loramoe,
 }

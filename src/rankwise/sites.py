@@ -87,6 +87,9 @@ class AdaptedLinear(nn.Module):
         self.merged = False
         self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
         self.kept_layer: tuple[nn.Module, ...] = ()  # the base layer itself, where merging put a dense one in its place
+        self.original: Tensor | None = None  # the base weight on the CPU before a schedule wrote into it; None if it never does
+        self.written = False  # whether a schedule has written into the base weight
+        self.aside: Tensor | None = None  # the weight that a schedule has written, while the original stands in its place
         self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
         # in the mode of what it replaces: a new module would otherwise train inside a model that evaluates
         self.training = base_layer.training
@@ -144,10 +147,16 @@ class AdaptedLinear(nn.Module):
 
     def _base_forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        if self.folded and self.offset is not None:  # the base holds W - start: give the start back
+        # the base holds W - start: give the start back (once a schedule has written into it, the original stands there instead)
+        if self.folded and self.offset is not None and not self.written:
             h = nn.functional.linear(x.to(y.dtype), self.offset.down.to(y.dtype))
             y = y + nn.functional.linear(h, (self.offset.up * self.site.scaling).to(y.dtype))
         return y
+
+    def base_weight(self) -> Tensor:
+        """The weight that the update stands on, dense (out, in), also while the site is merged or switched off."""
+        kept = self.aside if self.aside is not None else self.kept_weight
+        return self.storage.read(self.base_layer) if kept is None else kept
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 import itertools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -105,12 +104,26 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     with rw.disabled(model):
         assert same_as_base(logits(model, ids))
     assert torch.equal(logits(model, ids), adapted)
-    if not recipe.update.constant_core:
+    if not recipe.update.constant_core:  # no dense weight equals it: said, and nothing is touched
         with pytest.raises(TargetError, match="cannot be merged: its update depends on the token"):
             rw.merge(model)
         assert torch.equal(logits(model, ids), adapted)
-    else:
-        merges_and_comes_back(model, ids, adapted, same_as_base)
+        return taken_off(model, parameters, same_as_base, kept, ids)
+    # merge and back
+    dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
+    rw.merge(model)
+    for name, module in adapted_sites(model).items():
+        torch.testing.assert_close(module.weight.double(), dense[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model, ids), adapted, rtol=1e-4, atol=1e-4)
+    with rw.disabled(model):
+        assert same_as_base(logits(model, ids))
+    rw.unmerge(model)
+    assert torch.equal(logits(model, ids), adapted)
+    return taken_off(model, parameters, same_as_base, kept, ids)
+
+
+def taken_off(model: Any, parameters: dict[str, torch.Tensor], same_as_base: Any, kept: bool, ids: torch.Tensor) -> Any:
+    """The adapters taken off: every weight is as it was."""
     rw.unadapt(model)
     assert not adapted_sites(model)
     after = weights(model)
@@ -123,19 +136,6 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     assert same_as_base(logits(model, ids))
     assert all(p.requires_grad for p in model.parameters())
     return model
-
-
-def merges_and_comes_back(model: Any, ids: torch.Tensor, adapted: torch.Tensor, same_as_base: Callable[[torch.Tensor], bool]) -> None:
-    """The merged weights are the dense equation, `disabled` is the base, and unmerging is exact."""
-    dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
-    rw.merge(model)
-    for name, module in adapted_sites(model).items():
-        torch.testing.assert_close(module.weight.double(), dense[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logits(model, ids), adapted, rtol=1e-4, atol=1e-4)
-    with rw.disabled(model):
-        assert same_as_base(logits(model, ids))
-    rw.unmerge(model)
-    assert torch.equal(logits(model, ids), adapted)
 
 
 @pytest.mark.parametrize("combination", LEGAL, ids=label)
@@ -240,6 +240,7 @@ ROWS: list[dict[str, Any]] = [
     {"storage": {"name": "nf4", "iterations": 2}, "init": "corda", "base": "fold"},
     {"update": "am-lora", "init": "pissa", "base": "fold"},
     {"schedule": "task-growth"},
+    {"update": "loramoe", "init": "pissa", "base": "fold"},
 ]
 
 

@@ -30,6 +30,7 @@ from rankwise.updates import Site, Slot
 
 PREFIX = "base_model.model."
 NATIVE = "RANKWISE"
+BASE_WEIGHT = "base_weight"  # of a site whose schedule writes into its base
 
 
 def is_stacked(recipe: Recipe, peft_type: str) -> bool:
@@ -51,6 +52,8 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
     recipe, sites = record.recipe, record.plan.sites
     heads = [name for name, _ in record.plan.trained_modules]
     wanted = recipe.update.peft_type
+    if recipe.schedule.rewrites_base:
+        return NATIVE, f"schedule={recipe.schedule.name!r} trains the base weights themselves, and the file holds them"
     if wanted is None or recipe.routing.name != "none":
         return NATIVE, f"PEFT has no form of update={recipe.update.name!r} with routing={recipe.routing.name!r}"
     if heads and peft_heads(heads, names) is None:
@@ -81,11 +84,12 @@ def _has_dead_rows(module: AdaptedLinear) -> bool:
 # --- tensors ---------------------------------------------------------------------------------------------------------------------------
 
 
-def collect(module: AdaptedLinear) -> Stored:
-    """The tensors of one adapted site, by slot; references, not copies."""
+def collect(module: AdaptedLinear, rewrites: bool = False) -> Stored:
+    """The tensors of one adapted site, by slot; references, not copies. With `rewrites` the base weight too."""
     update = {} if module.update is None else {name: getattr(module.update, name).detach() for name in module.update.slots}
     gain = {} if module.gain is None else module.gain.saved()
-    return Stored(update, gain, None if module.offset is None else module.offset.start())
+    start = None if module.offset is None else module.offset.start()
+    return Stored(update, gain, start, module.base_weight() if rewrites else None)
 
 
 def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[str, Tensor]:
@@ -98,6 +102,8 @@ def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[s
         tensors[slots["up"].key] = torch.cat([stored.update["up"], -start.up], dim=1)  # (out, 2 rank)
     elif start is not None:
         tensors |= {"start_down": start.down, "start_up": start.up}
+    if stored.weight is not None:
+        tensors[BASE_WEIGHT] = stored.weight
     return {f"{PREFIX}{site.name}.{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -110,6 +116,8 @@ def shapes(site: Site, recipe: Recipe, peft_type: str) -> dict[str, tuple[int, .
         found[slots["up"].key] = (site.out_features, 2 * site.rank)
     elif recipe.init.moves_base:
         found |= {"start_down": (site.rank, site.in_features), "start_up": (site.out_features, site.rank)}
+    if recipe.schedule.rewrites_base:
+        found[BASE_WEIGHT] = (site.out_features, site.in_features)
     return {f"{PREFIX}{site.name}.{key}": shape for key, shape in found.items()}
 
 
@@ -126,7 +134,8 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
         update |= {"down": down[: site.rank], "up": up[:, : site.rank]}
     elif recipe.init.moves_base:
         start = Start(tensors[f"{PREFIX}{site.name}.start_down"], tensors[f"{PREFIX}{site.name}.start_up"])
-    return Stored(update, gain, start)
+    weight = tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"] if recipe.schedule.rewrites_base else None
+    return Stored(update, gain, start, weight)
 
 
 def gate_keys(block: str, slots: Mapping[str, Slot]) -> dict[str, str]:

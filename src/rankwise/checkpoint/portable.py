@@ -22,17 +22,22 @@ from rankwise.checkpoint.peft_layout import PREFIX, peft_heads, peft_targets, ta
 from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS, _write_json
 from rankwise.equation import stacked
 from rankwise.errors import CheckpointError
+from rankwise.routing.static import Mixture
 from rankwise.sites import AdaptedLinear, adapted_sites, trained_modules
 from rankwise.updates import lora_slots
 
 
 @torch.no_grad()
-def export_lora(model: nn.Module, folder: str | Path) -> Path:
+def export_lora(model: nn.Module, folder: str | Path, mixture: Mixture | None = None) -> Path:
     """Writes the adapter as a plain LoRA, which PEFT and other software load; it computes what the model computes.
+
+    A mixture, whose updates depend on the input, has no such LoRA: held still, by `rankwise.routing.static.mean_mixture(model, batches)` or
+    `uniform_mixture(model)`, it gives one that is near, as near as `Mixture.errors` says.
 
     Args:
         model: an adapted model. An update over a folded start is written against the original base.
         folder: where to; made if needed, replaced as a whole. Not a folder that `save` wrote.
+        mixture: constant gates for updates that depend on the input.
 
     Raises:
         CheckpointError: a gain or a core that depends on the token, which a plain LoRA cannot hold; nothing left to write; modules
@@ -41,7 +46,7 @@ def export_lora(model: nn.Module, folder: str | Path) -> Path:
     record, names = adapted(model), base_names(model)
     if (Path(folder) / NATIVE_FILE).exists():
         raise CheckpointError(f"{folder} holds an adapter of rankwise; export into a folder of its own")
-    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := _pair(module))[0])}
+    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := _pair(module, mixture))[0])}
     if not pairs:
         raise CheckpointError("every site has rank 0: there is nothing to export")
     heads = [name for name, _ in record.plan.trained_modules]
@@ -79,10 +84,21 @@ def export_lora(model: nn.Module, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _pair(module: AdaptedLinear) -> tuple[Tensor, Tensor]:
+def _pair(module: AdaptedLinear, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
     name = module.site.name
     if module.gain is not None:
         raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")
-    if module.update is None or module.depends_on_input:
-        raise CheckpointError(f"{name}: the update depends on the token, which a plain LoRA cannot hold")
-    return stacked(module.update.factors(), None if module.offset is None else module.offset.start())
+    assert module.update is not None
+    start = None if module.offset is None else module.offset.start()
+    if not module.depends_on_input:
+        return stacked(module.update.factors(), start)
+    if mixture is None:
+        raise CheckpointError(
+            f"{name}: the update depends on the {'prompt' if module.place else 'token'}, which a plain LoRA cannot hold; give constant "
+            "gates, mixture=rankwise.routing.static.mean_mixture(model, batches), for one that is near it"
+        )
+    gates = mixture.gates[name].to(module.update.factors().down.device)
+    if module.place is None:
+        return stacked(module.update.stand_in(gates), start)
+    down, up = stacked(module.update.factors(), start)
+    return down[: len(down) * bool(gates.any())], up * gates  # a closed gate leaves nothing to write

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rankwise.adapting import Adapted, adapted, base_weights
 from rankwise.checkpoint.atomic import write_folder
 from rankwise.checkpoint.naming import base_names
-from rankwise.checkpoint.peft_layout import PREFIX, collect, config_of, encode, gate_keys, is_stacked, layout_of, pool_keys
+from rankwise.checkpoint.peft_layout import BASE_WEIGHT, PREFIX, collect, config_of, encode, gate_keys, is_stacked, layout_of, pool_keys
 from rankwise.errors import CheckpointError
 from rankwise.routing.context import gates_of
 from rankwise.sites import adapted_sites, trained_modules
@@ -84,18 +84,20 @@ def _pool(model: nn.Module) -> Any:
 def _tensors(model: nn.Module, record: Adapted, peft_type: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module in adapted_sites(model).values():
-        tensors |= encode(module.site, record.recipe, peft_type, collect(module))
+        tensors |= encode(module.site, record.recipe, peft_type, collect(module, record.recipe.schedule.rewrites_base))
     for name, gate in gates_of(model).items():
         tensors |= {key: getattr(gate, slot).detach() for slot, key in gate_keys(name, gate.slots).items()}
     for name, module in trained_modules(model).items():
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
     # copies: a safetensors file takes no views and no shared memory
-    return {key: tensor.detach().to("cpu", _master(tensor.dtype), copy=True).contiguous() for key, tensor in tensors.items()}
+    return {key: tensor.detach().to("cpu", _file_dtype(key, tensor), copy=True).contiguous() for key, tensor in tensors.items()}
 
 
-def _master(dtype: torch.dtype) -> torch.dtype:
-    """At least fp32, also where the parameters were cast (FSDP's mixed precision, model.bfloat16())."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+def _file_dtype(key: str, tensor: Tensor) -> torch.dtype:
+    """At least fp32, also where the parameters were cast (FSDP's mixed precision, model.bfloat16()); a base weight in its own dtype."""
+    if key.endswith(f".{BASE_WEIGHT}") or not tensor.dtype.is_floating_point:
+        return tensor.dtype
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def checksum(projections: Mapping[str, Tensor]) -> str:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from rankwise.adapting import adapted
 from rankwise.checkpoint.naming import plain_name
 from rankwise.errors import CheckpointError, nearest
-from rankwise.sites import AdaptedLinear
+from rankwise.sites import AdaptedLinear, adapted_sites
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
-    """Qualified name -> the model's own tensor: every parameter that trains, what it is measured from, and what trained until a schedule
-    froze it at its site (the LoRAs of earlier tasks)."""
-    adapted(model)
+    """Qualified name -> the model's own tensor: every parameter that trains, what it is measured from, what a schedule rewrites, and what
+    trained until a schedule froze it at its site (the LoRAs of earlier tasks)."""
+    rewrites = adapted(model).recipe.schedule.rewrites_base
     found: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.gain is not None:
@@ -22,6 +22,11 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, AdaptedLinear) and module.update is not None:
             held = [slot for slot, about in module.update.slots.items() if about.frozen]
             found |= {f"{plain_name(name)}.update.{slot}": getattr(module.update, slot) for slot in held}
+        if isinstance(module, AdaptedLinear) and rewrites:
+            found[f"{plain_name(name)}.base_weight"] = module.storage.live(module.base_layer)
+            for part in ("update", "offset"):  # frozen frames and starts move with the base
+                buffers = [] if getattr(module, part) is None else getattr(module, part).named_buffers()
+                found |= {f"{plain_name(name)}.{part}.{key}": tensor for key, tensor in buffers}
     return found
 
 
@@ -60,3 +65,5 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
     for name, tensor in state.items():
         live[name].copy_(tensor)
+    for module in adapted_sites(model).values():
+        module.written = module.written or adapted(model).recipe.schedule.rewrites_base

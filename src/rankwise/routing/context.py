@@ -78,6 +78,7 @@ class BatchContext:
     root: int = 0  # id of the model whose forward this is
     outer: "BatchContext | None" = None
     counted: bool = False
+    watched: bool = False
 
 
 _CURRENT: ContextVar[BatchContext | None] = ContextVar("rankwise_batch_context", default=None)
@@ -124,10 +125,14 @@ def attach(tensor: Tensor, loss: Tensor, name: str) -> Tensor:
         loss: a scalar that depends on what trains, already multiplied by its weight. In evaluation nothing is attached.
         name: under which it is reported ('routing_' before it), summed over all that a forward attaches, averaged over forwards.
     """
+    context = attaching()
+    return tensor if context is None else cast(Tensor, _Attach.apply(tensor, loss, context, name))
+
+
+def attaching() -> BatchContext | None:
+    """The current context if losses are attached now: in training, with gradients. Else None, and there is nothing to compute."""
     context = current()
-    if context is None or context.phase != "train" or not torch.is_grad_enabled():
-        return tensor
-    return cast(Tensor, _Attach.apply(tensor, loss, context, name))
+    return None if context is None or context.phase != "train" or not torch.is_grad_enabled() else context
 
 
 class _Attach(torch.autograd.Function):
@@ -162,10 +167,11 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g,) = grads
         (weight,) = ctx.saved_tensors
-        if weight is None:
-            ctx.context.scale = ctx.context.share * g.detach().sum()
-        else:  # log-probabilities, whose negative sum the caller takes: each supervised token's share
-            ctx.context.scale = -(g.detach() * weight).sum()
+        context: BatchContext = ctx.context
+        # log-probabilities, whose negative sum the caller takes: the gradient is each supervised token's share
+        received = context.share * g.detach().sum() if weight is None else -(g.detach() * weight).sum()
+        context.scale = received + (context.scale if context.watched else 0.0)
+        context.watched = True
         return g, None, None
 
 
@@ -278,7 +284,6 @@ def _watched(output: Any, context: BatchContext) -> Any:
                 cast(Any, output)[name] = watched
             else:
                 setattr(output, name, watched)
-            return output
     if isinstance(output, tuple) and context.labelled and isinstance(output[0], Tensor) and output[0].dim() == 0:
         return (_Watch.apply(output[0], context, None), *output[1:])
     return output

@@ -87,6 +87,11 @@ class Schedule(ABC):
     changes_ranks: ClassVar[bool] = False
     #: whether sites may gain experts while training, so that a saved adapter may hold more than its recipe begins with
     changes_experts: ClassVar[bool] = False
+    #: whether it writes what the factors have learned into the base weights while training
+    rewrites_base: ClassVar[bool] = False
+    #: for a schedule that rewrites the base: 'keep' a copy of the original weights on the CPU, so that `disabled` and `unadapt` give the
+    #: base back bit for bit, or 'drop' them, where there is nothing to go back to
+    original: Literal["keep", "drop"] = "keep"
 
     def check(self, sites: "Sequence[Site]") -> None:
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankwise.errors import RecipeError
+
 
 class Storage(ABC):
     """How one kind of base layer is asked for its products, and how its weight is read and written."""
@@ -45,6 +47,43 @@ class Storage(ABC):
     @abstractmethod
     def write(self, layer: nn.Module, weight: Tensor) -> None:
         """Replaces the weight by a dense (out, in) tensor, rounded once to the layer's dtype, in place."""
+
+    @torch.no_grad()
+    def add(self, layer: nn.Module, left: Tensor, right: Tensor, keep: float = 1.0, generator: torch.Generator | None = None) -> None:
+        """W <- keep * W + left @ right in place, for left (out, k) and right (k, in) in fp32 or wider.
+
+        A narrower weight is computed in fp32 and rounded once: to nearest, or with a generator stochastically, so that an update below
+        half a step of the weight's dtype still acts on average.
+        """
+        weight = self.live(layer)  # (out, in)
+        if weight.dtype == left.dtype:
+            weight.addmm_(left, right, beta=keep)
+        else:
+            weight.copy_(rounded_to(torch.addmm(weight.to(left.dtype), left, right, beta=keep), weight.dtype, generator))
+
+    def live(self, layer: nn.Module) -> Tensor:
+        """The weight itself as an (out, in) view that may be written to in place.
+
+        Raises:
+            TargetError: the layer holds its weight in a form that has no such view.
+        """
+        return self.read(layer)
+
+
+def rounded_to(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """fp32 values in a narrower dtype: to nearest, or with a generator up or down at random so that the mean is exact (bf16).
+
+    Raises:
+        RecipeError: stochastic rounding to another dtype than bf16.
+    """
+    if generator is None:
+        return values.to(dtype)
+    if dtype != torch.bfloat16 or values.dtype != torch.float32:
+        raise RecipeError(f"rounding='stochastic' serves bf16 weights, and this one is {dtype}; use rounding='nearest'")
+    # bf16 is the upper half of fp32: adding 16 random bits below it carries with the probability of the part that is cut off
+    bits = values.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=generator.device).to(bits.device)
+    return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(dtype)
 
 
 class StorageChoice(ABC):

@@ -102,12 +102,15 @@ class Opaque(Storage):
 
     @torch.no_grad()
     def write(self, layer: nn.Module, weight: Tensor) -> None:
+        self.live(layer).copy_(weight)
+
+    def live(self, layer: nn.Module) -> Tensor:
         target = self._plain_weight(layer)
         if target is None:
             raise TargetError(
                 f"{type(layer).__name__} keeps its weight in a form that cannot be written; merge into a dense copy of the base"
             )
-        target.copy_(weight)
+        return target
 
 
 class Embedding(Opaque):
@@ -119,9 +122,8 @@ class Embedding(Opaque):
     def read(self, layer: nn.Module) -> Tensor:
         return cast(Tensor, layer.weight).detach().T
 
-    @torch.no_grad()
-    def write(self, layer: nn.Module, weight: Tensor) -> None:
-        cast(Tensor, layer.weight).copy_(weight.T)
+    def live(self, layer: nn.Module) -> Tensor:
+        return self.read(layer)
 
 
 DENSE, CONV1D, OPAQUE, EMBEDDING = Dense(), ConvOneD(), Opaque(), Embedding()

@@ -94,11 +94,14 @@ class NF4Storage(Storage):
     def read(self, layer: nn.Module) -> Tensor:
         return cast("NF4Linear", layer).dense_weight()
 
-    def write(self, layer: nn.Module, weight: Tensor) -> None:
+    def live(self, layer: nn.Module) -> Tensor:
         raise TargetError(
             "a weight held in nf4 cannot be written: rounding to 4 bits again would lose a small update; use rankwise.merge(model), which "
             "puts 16-bit layers in its place"
         )
+
+    def write(self, layer: nn.Module, weight: Tensor) -> None:
+        self.live(layer)
 
     def replaced(self, layer: nn.Module, weight: Tensor) -> nn.Linear:
         """A dense layer with another weight (out, in) in place of an NF4 one; the bias is the same tensor."""

@@ -146,10 +146,13 @@ def _kinds(config: Config, train: Rows) -> list[int] | None:
     """The kind of each training row, where data.types names a column.
 
     Raises:
-        ConfigError: the method must know it, and no column is named. DataError: as `types_of`.
+        ConfigError: the method must know it, and no column is named. DataError: as `types_of`. RecipeError: a kind that the method does
+            not know.
     """
     if config.data.types is not None:
-        return types_of(train, config.data.types)
+        found = types_of(train, config.data.types)
+        resolve(config).update.check_types(found)
+        return found
     if reason := resolve(config).update.missing_fact():
         raise ConfigError(f"data.types is missing: {reason}")
     return None

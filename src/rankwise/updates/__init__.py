@@ -2,15 +2,31 @@
 
 from rankwise.updates.attention_mixture import AttentionMixture
 from rankwise.updates.base import Part, Role, Site, Slot, Update, UpdateChoice
+from rankwise.updates.experts import Experts
 from rankwise.updates.lowrank import LowRank, lora_slots
 from rankwise.updates.mixer import Mixer
 from rankwise.updates.none import NoUpdate
 from rankwise.updates.svd import Svd
 from rankwise.updates.vera import Vera
 
-UPDATES: dict[str, type[UpdateChoice]] = {choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, AttentionMixture, NoUpdate)}
+UPDATES: dict[str, type[UpdateChoice]] = {
+    choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, NoUpdate, Experts, AttentionMixture)
+}
 
 __all__ = [
-    "UPDATES", "AttentionMixture", "LowRank", "Mixer", "NoUpdate", "Part", "Role", "Site", "Slot", "Svd", "Update", "UpdateChoice", "Vera",
+    "UPDATES",
+    "AttentionMixture",
+    "Experts",
+    "LowRank",
+    "Mixer",
+    "NoUpdate",
+    "Part",
+    "Role",
+    "Site",
+    "Slot",
+    "Svd",
+    "Update",
+    "UpdateChoice",
+    "Vera",
     "lora_slots",
-]  # fmt: skip
+]

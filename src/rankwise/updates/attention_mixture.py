@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankwise.equation import Factors
 from rankwise.errors import CheckpointError, RecipeError
-from rankwise.routing.context import attach, current
+from rankwise.routing.context import attach, attaching, current
 from rankwise.updates.base import Site, Slot, Update, UpdateChoice
 
 
@@ -65,7 +65,7 @@ class AttentionMixtureUpdate(Update):
         core = None
         if self.choice.constant_core:
             silent = down.new_zeros(1, down.shape[0])
-            scores, gates = self.gates(silent)
+            scores, gates = self.weigh(silent)
             core = self._penalised(self._chosen(gates)[0], silent, scores, gates).repeat_interleave(len(downs[0]))
         return Factors(down, up, core=core, scaling=self.scaling)
 
@@ -75,9 +75,24 @@ class AttentionMixtureUpdate(Update):
 
     def _mixed(self, x: Tensor, h: Tensor) -> Tensor:
         """h (..., experts * rank) with each LoRA's ranks times its gate."""
-        scores, gates = self.gates(h)
+        scores, gates = self.weigh(h)
         chosen = self._penalised(self._chosen(gates), h, scores, gates).to(h.dtype).unsqueeze(-1)  # (..., experts, 1)
         return (h.view(*h.shape[:-1], self.experts, -1) * chosen).reshape(h.shape)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The gate of each LoRA for each token, (..., experts) from x (..., in)."""
+        if self.choice.constant_core:
+            raise RecipeError("granularity='layer' has the same gates for all inputs; export the adapter as it is")
+        _, gates = self.weigh(F.linear(x, torch.cat(self._all("down")).to(x.dtype)))
+        return self._chosen(gates).expand(*x.shape[:-1], -1)
+
+    def stand_in(self, gates: Tensor) -> Factors:
+        kept = gates.nonzero()[:, 0].tolist()  # what has no weight need not be written
+        downs, ups = ([self._all(name)[number] for number in kept] for name in ("down", "up"))
+        if not kept:
+            return Factors(self._all("down")[0][:0], self._all("up")[0][:, :0], scaling=self.scaling)
+        core = gates[kept].to(downs[0]).repeat_interleave(len(downs[0]))
+        return Factors(torch.cat(downs), torch.cat(ups, dim=1), core=core, scaling=self.scaling)
 
     def _chosen(self, gates: Tensor) -> Tensor:
         """The gates of the LoRAs, the zero one left out: (..., experts)."""
@@ -96,7 +111,7 @@ class AttentionMixtureUpdate(Update):
         offsets = [getattr(self, f"offset_{number}", zero) for number in range(1, self.experts + 1)]
         return torch.cat([zero, *offsets] if self.choice.zero else offsets)
 
-    def gates(self, h: Tensor, selector: Selector | None = None) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, selector: Selector | None = None) -> tuple[Tensor, Tensor]:
         """(scores e, gates g), (..., experts + 1) each, entry 0 the zero LoRA (experts without it); in fp32 or wider.
 
         Args:
@@ -144,8 +159,8 @@ class AttentionMixtureUpdate(Update):
 
     def _penalised(self, tensor: Tensor, h: Tensor, scores: Tensor, gates: Tensor) -> Tensor:
         """The tensor with the weighted penalties attached, in training: means over the sites and over the tokens that are no padding."""
-        context = current()
-        if context is None or context.phase != "train":
+        context = attaching()
+        if context is None:
             return tensor
         if self.choice.penalty != "none":
             value = masked_mean(penalty(self.choice.penalty, scores, gates, self.choice.zero))
@@ -162,7 +177,7 @@ class AttentionMixtureUpdate(Update):
         directions = None if self.choice.constant_core else getattr(self, f"past_selector_{number}")
         old = Selector(directions, getattr(self, f"past_bias_{number}"), self._offsets()[:known])
         with torch.no_grad():
-            was = self.gates(h.detach()[..., : number * h.shape[-1] // self.experts], old)[0] / self.choice.tau
+            was = self.weigh(h.detach()[..., : number * h.shape[-1] // self.experts], old)[0] / self.choice.tau
         now = torch.log_softmax(scores[..., :known] / self.choice.tau, -1)
         return F.kl_div(now, torch.log_softmax(was, -1), reduction="none", log_target=True).sum(-1)
 
@@ -297,8 +312,8 @@ class AttentionMixture(UpdateChoice):
 
     @property
     def reads_context(self) -> bool:
-        """Padding must be known for means over tokens, and losses need the forward they belong to."""
-        return self.penalty != "none" or self.distill > 0 or self.whole_rows
+        """Padding must be known for means over tokens, also those of gates (`routing.static`), and losses need their forward."""
+        return not self.constant_core or self.penalty != "none" or self.distill > 0
 
     @property
     def whole_rows(self) -> bool:

@@ -110,6 +110,22 @@ class Update(Part, ABC):
         """Takes the starting pair of one expert more: `resizing.grow` has just added its slots, which hold zeros."""
         raise RecipeError(f"update={self.choice.name!r} holds a fixed number of experts")
 
+    def gates(self, x: Tensor) -> Tensor:
+        """The weight of each expert for each token, (..., experts) from x (..., in); only of updates that have experts.
+
+        Raises:
+            RecipeError: it has none.
+        """
+        raise RecipeError(f"update={self.choice.name!r} has no gates")
+
+    def stand_in(self, gates: Tensor) -> Factors:
+        """Constant factors that do for every token what these gates (experts,) would.
+
+        Raises:
+            RecipeError: the update has no gates.
+        """
+        raise RecipeError(f"update={self.choice.name!r} has no gates that could be held constant")
+
     #: (x, h) -> core . h for cores that depend on the token; None where the core is constant
     token_core: Any = None
 
@@ -155,6 +171,10 @@ class UpdateChoice(ABC):
     def missing_fact(self) -> str:
         """Why training must know the type of every sample; empty where it need not."""
         return ""
+
+    def check_types(self, types: Sequence[int]) -> None:
+        """Raises RecipeError where the types of the training rows do not fit."""
+        return
 
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
