@@ -33,10 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_task(folder: Path, name: str, rows_per_section: int) -> dict[str, Any]:
-    """One task of the configuration, its rows in files: the first rows of each of its sections, all its rows for evaluation."""
+def write_task(folder: Path, name: str, train_rows: int, eval_rows: int) -> dict[str, Any]:
+    """One task of the configuration, its rows in files: the first rows of each of its sections."""
     paths = {}
-    for part, file, most in (("train", "sections-train.jsonl", rows_per_section), ("eval", "sections-test.jsonl", 10**9)):
+    for part, file, most in (("train", "sections-train.jsonl", train_rows), ("eval", "sections-test.jsonl", eval_rows)):
         counts = dict.fromkeys(GROUPS[name], 0)
         kept = []
         for line in data_file(file).read_text(encoding="utf-8").splitlines():
@@ -72,8 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where the figures are written")
     parser.add_argument("--rows", type=int, default=60, help="training rows a section")
+    parser.add_argument("--eval-rows", type=int, default=40, help="rows a section to evaluate on, at most")
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--lr", type=float, default=1e-3, help="one rate for all methods")
+    parser.add_argument("--lr", type=float, default=5e-4, help="one rate for all methods")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -82,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     with tempfile.TemporaryDirectory() as folder:
-        tasks = [write_task(Path(folder), name, options.rows) for name in GROUPS]
+        tasks = [write_task(Path(folder), name, options.rows, options.eval_rows) for name in GROUPS]
         for seed in options.seeds:
             for name in options.methods:
                 run = Path(folder) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
