@@ -155,6 +155,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
         lambda: rw.recipes.pissa(rank=4, base="fold", schedule={"name": "lora-drop", "threshold": 0.3}),
         "RANKWISE",
     ),
+    "am-lora": ("llama", _named("am-lora"), "RANKWISE"),
     "loramoe": ("llama", lambda: rw.recipes.loramoe(rank=2, experts=3), "RANKWISE"),
     "milora-mixture": ("llama", lambda: rw.recipes.milora_mixture(rank=4, theta_mode="joint"), "RANKWISE"),
     # starts that move the base

@@ -108,6 +108,12 @@ ABOUT: dict[str, About] = {
         "Take it when one adapter should serve many tasks that differ by prompt, and generation must not route each token.",
         "LoRA at every layer and a small gate a block; generated tokens are not routed, but a prompt must come whole and nothing merges.",
     ),
+    "am-lora": About(
+        "Each task of a sequence trains a LoRA of its own; older ones stay frozen, and scores of the LoRAs' outputs mix them by token.",
+        "Take it when tasks come one after another and the earlier ones must not be forgotten, with no task named at inference.",
+        "Trains rank * (in + out) numbers a site and a selector of out + 1 a task; t tasks compute like one LoRA of t times the rank, "
+        "and cannot be merged.",
+    ),
     "loramoe": About(
         "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
         "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",

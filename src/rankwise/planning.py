@@ -173,6 +173,13 @@ class Plan:
     def resized(self, ranks: Mapping[str, int]) -> "Plan":
         """The same plan with other ranks at some sites, by name; their scaling stays."""
         sites = [replace(site, rank=ranks.get(site.name, site.rank)) for site in self.sites]
+        return self._with(sites)
+
+    def grown(self, experts: Mapping[str, int]) -> "Plan":
+        """The same plan with another number of experts at some sites, by name."""
+        return self._with([replace(site, experts=experts.get(site.name, site.experts)) for site in self.sites])
+
+    def _with(self, sites: list[Site]) -> "Plan":
         return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total, self.blocks))
 
     def allocated(self, owners: Mapping[str, str], removed: Collection[str] = (), importance: "Importance | None" = None) -> "Plan":
@@ -290,6 +297,11 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
     recipe.schedule.check(sites)
+    if recipe.update.whole_rows and getattr(model, "can_generate", bool)():
+        raise RecipeError(
+            f"update={recipe.update.name!r} with these options reads a whole row before it acts on its first token, and this model writes "
+            "token after token: earlier ones would see later ones in training, and could not when it generates; use granularity='token'"
+        )
     if forecast := recipe.schedule.note(sites):
         notes.append(forecast)
     blocks = _blocks(model, recipe, sites)

@@ -465,6 +465,18 @@ LEGALITY: tuple[Forbidden, ...] = (
         _both(_is("schedule", "lora-drop"), _token_core),
     ),
     Forbidden(
+        "update=am-lora",
+        "an init that moves the base",
+        "every task begins a pair of its own, and each later one would start from another base; use init='kaiming'",
+        _both(_is("update", "am-lora"), _moves),
+    ),
+    Forbidden(
+        "schedule=task-growth",
+        "update other than am-lora",
+        "only AM-LoRA's sites can gain an expert; use update='am-lora', or schedule='none' to train one update on all tasks",
+        _both(_is("schedule", "task-growth"), lambda recipe: recipe.update.name != "am-lora"),
+    ),
+    Forbidden(
         "an update with experts",
         "an init that moves the base",
         "gates weigh the experts anew for each token, so their sum is never the start that was taken out; use init='kaiming'",
@@ -491,7 +503,7 @@ LEGALITY: tuple[Forbidden, ...] = (
 )
 
 
-ROLES = frozenset({"down", "up", "core", "tail"})
+ROLES = frozenset({"down", "up", "core", "tail", "gate"})
 
 
 def check(recipe: Recipe) -> None:

@@ -14,9 +14,9 @@ from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
 from rankwise.recipe import Recipe, _coerce
 from rankwise.routing import PromptRouting
-from rankwise.schedules import AdaLoraBudget, LoraDrop, Rounds
+from rankwise.schedules import AdaLoraBudget, LoraDrop, Rounds, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import Deep, Experts, Mixer, NoUpdate, Svd, Vera
+from rankwise.updates import AttentionMixture, Deep, Experts, Mixer, NoUpdate, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -243,6 +243,51 @@ def lora_drop(
     return _recipe(fields, name="lora-drop", schedule=schedule)
 
 
+def am_lora(
+    selector_train: Literal["all", "new"] = "all",
+    sparsity: Literal["selector", "scores", "entropy", "concentration", "gates", "none"] = "selector",
+    sparsity_weight: float = 1e-3,
+    granularity: Literal["token", "sequence_mean", "layer"] = "token",
+    gate: Literal["softmax", "sigmoid", "relu"] = "softmax",
+    tau: float = 1.0,
+    phi: Literal["tanh", "identity"] = "tanh",
+    zero_entry: bool = True,
+    guard: float = 0.01,
+    release: int = 20,
+    selector_std: float = 0.0,
+    normalise: bool = False,
+    distill: float = 0.0,
+    orthogonality: float = 0.0,
+    snapshots: bool = True,
+    **fields: Any,
+) -> Recipe:
+    """AM-LoRA (Attentional Mixture of LoRAs 2024, arXiv 2409.19611): a LoRA per task of a sequence, mixed by attention to their outputs.
+
+    `rankwise.next_task` begins the next LoRA; `rankwise train` does so between the data sets of `data.tasks`. alpha is 4 times the rank:
+    with the zero LoRA the first gate starts at 1/2, and the update then has LoRA's usual scale. sparsity='selector' is the L1 norm of the
+    selectors, 'gates' that of the gates without the zero LoRA (of sigmoid or relu gates: of all).
+    """
+    fields.setdefault("rank", 8)
+    fields.setdefault("alpha", 4.0 * fields["rank"])
+    update = AttentionMixture(
+        granularity=granularity,
+        gate=gate,
+        tau=tau,
+        phi=phi,
+        zero_entry=zero_entry,
+        selector_train=selector_train,
+        guard=guard,
+        selector_std=selector_std,
+        normalise=normalise,
+        snapshots=snapshots,
+        penalty="none" if sparsity in ("selector", "none") else sparsity,
+        penalty_weight=sparsity_weight,
+        distill=distill,
+    )
+    schedule = TaskGrowth(release, sparsity_weight if sparsity == "selector" else 0.0, orthogonality)
+    return _recipe(fields, name="am-lora", update=update, schedule=schedule, lr=1e-3, lr_bracket=(2e-4, 5e-3))
+
+
 def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
@@ -336,6 +381,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "deep-lora": deep_lora,
     "rosa": rosa,
     "lora-drop": lora_drop,
+    "am-lora": am_lora,
     "loramoe": loramoe,
     "milora-mixture": milora_mixture,
 }

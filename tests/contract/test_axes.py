@@ -267,6 +267,8 @@ ROWS: list[dict[str, Any]] = [
     {"schedule": "rosa", "init": "rosa", "base": "fold", "gradient": "lora-plus"},
     {"schedule": "lora-drop", "update": "vera", "init": "own"},
     {"schedule": "lora-drop", "update": Routed()},
+    {"update": "am-lora", "init": "pissa", "base": "fold"},
+    {"schedule": "task-growth"},
     {"update": "loramoe", "init": "pissa", "base": "fold"},
     {"routing": "milora-mixture", "gain": "dora"},
     {"routing": "milora-mixture", "init": "pissa", "base": "fold"},

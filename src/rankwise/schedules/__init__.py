@@ -5,8 +5,9 @@ from rankwise.schedules.base import Allocation, Change, Event, Moment, Running, 
 from rankwise.schedules.lora_drop import LoraDrop
 from rankwise.schedules.none import Constant
 from rankwise.schedules.rosa import Rounds
+from rankwise.schedules.task_growth import TaskGrowth
 
-SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget, Rounds, LoraDrop)}
+SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget, Rounds, LoraDrop, TaskGrowth)}
 
 __all__ = [
     "SCHEDULES",
@@ -22,4 +23,5 @@ __all__ = [
     "Sample",
     "Schedule",
     "Sliced",
+    "TaskGrowth",
 ]

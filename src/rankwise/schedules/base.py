@@ -37,11 +37,13 @@ class Change:
 
     reset: parameters whose optimizer state must be forgotten. sliced: parameters that were replaced by parts of themselves.
     ranks: site name -> positions of the ranks that stay, to be cut by the session (`resizing.resize`), optimizer state and all.
+    grown: names of sites that gain one expert (`resizing.grow`); the optimizer takes its tensors in and lets those go that froze.
     """
 
     reset: Sequence[nn.Parameter] = field(default=())
     sliced: Sequence[Sliced] = field(default=())
     ranks: Mapping[str, Tensor] = field(default_factory=dict)
+    grown: Sequence[str] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Schedule(ABC):
     name: ClassVar[str]
     #: whether ranks may change while training, so that a saved adapter may hold fewer than its recipe says
     changes_ranks: ClassVar[bool] = False
+    #: whether sites may gain experts while training, so that a saved adapter may hold more than its recipe begins with
+    changes_experts: ClassVar[bool] = False
     #: whether it writes what the factors have learned into the base weights while training
     rewrites_base: ClassVar[bool] = False
     #: for a schedule that rewrites the base: 'keep' a copy of the original weights on the CPU, so that `disabled` and `unadapt` give the

@@ -1,5 +1,6 @@
 """Update axis: what the factors are. A choice (frozen dataclass) says which tensors an update owns; its module maps them to Factors."""
 
+from rankwise.updates.attention_mixture import AttentionMixture
 from rankwise.updates.base import Part, Role, Site, Slot, Update, UpdateChoice
 from rankwise.updates.deep import Deep
 from rankwise.updates.experts import Experts
@@ -9,10 +10,13 @@ from rankwise.updates.none import NoUpdate
 from rankwise.updates.svd import Svd
 from rankwise.updates.vera import Vera
 
-UPDATES: dict[str, type[UpdateChoice]] = {choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Deep, NoUpdate, Experts)}
+UPDATES: dict[str, type[UpdateChoice]] = {
+    choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Deep, NoUpdate, Experts, AttentionMixture)
+}
 
 __all__ = [
     "UPDATES",
+    "AttentionMixture",
     "Deep",
     "Experts",
     "LowRank",
