@@ -4,9 +4,9 @@ import inspect
 import re
 from typing import Any, NamedTuple
 
-from rankwise.errors import ConfigError, nearest
+from rankwise.errors import ConfigError
 from rankwise.recipe import AXES
-from rankwise.recipes import RECIPES
+from rankwise.recipes import RECIPES, unknown
 
 
 class About(NamedTuple):
@@ -142,7 +142,7 @@ def known(name: str) -> str:
     """The name of a recipe, underscores allowed. Raises ConfigError with the nearest one."""
     plain = name.replace("_", "-")
     if plain not in RECIPES:
-        raise ConfigError(f"method {name!r} is unknown{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}")
+        raise ConfigError(f"method {name!r} is unknown{unknown(name)}")
     return plain
 
 

@@ -8,7 +8,7 @@ AdamW; a bracket is what is worth searching.
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, nearest
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
@@ -385,3 +385,14 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "loramoe": loramoe,
     "milora-mixture": milora_mixture,
 }
+
+# What people look for here and do not find: no low-rank update of a weight, so outside of the one equation.
+_OUT_OF_SCOPE = ("prefix", "prompt", "p-tuning", "ptuning", "bottleneck", "houlsby", "pfeiffer")
+
+
+def unknown(name: str) -> str:
+    """What to tell somebody who asks for a method that is not here: the nearest name, or that such methods are out of scope."""
+    plain = name.lower().replace("_", "-")
+    if plain.startswith(_OUT_OF_SCOPE):
+        return f"; prefix, prompt and P-tuning and bottleneck adapters are out of scope for now. The methods are {', '.join(RECIPES)}"
+    return f"{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}"

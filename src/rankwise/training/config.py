@@ -246,12 +246,12 @@ def resolve(config: Config) -> Any:
     Raises:
         ConfigError: an unknown recipe or option. RecipeError: values that cannot be combined.
     """
-    from rankwise.recipes import RECIPES
+    from rankwise.recipes import RECIPES, unknown
 
     options = dict(config.method)
     name = options.pop("name", "lora")
     if name not in RECIPES:
-        raise ConfigError(f"method={name!r} is unknown{nearest(str(name), RECIPES)} The methods are {', '.join(RECIPES)}")
+        raise ConfigError(f"method={name!r} is unknown{unknown(str(name))}")
     given = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout, "targets": config.targets}
     for key, value in given.items():
         if value is None:
