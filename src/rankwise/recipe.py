@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from rankwise.errors import RecipeError, nearest
@@ -209,6 +210,14 @@ def choice(axis: str, value: Any) -> Any:
     return build_choice(known[value], options, f"{axis}={value!r}")
 
 
+@lru_cache(maxsize=128)
+def _validator(kind: type[Any]) -> Any:
+    """What checks the options of a choice; making it takes longer than all checks with it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def build_choice(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
     """A frozen dataclass from options, each checked against its declared type."""
     declared = {item.name: item for item in dataclasses.fields(kind)}
@@ -216,10 +225,10 @@ def build_choice(kind: type[Any], options: Mapping[str, Any], where: str) -> Any
         if key not in declared:
             takes = ", ".join(declared) or "no options"
             raise RecipeError(f"{where} has no option {key!r}{nearest(key, declared)} (it takes {takes})")
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return _validator(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(map(str, first["loc"])) or "an option"
