@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import llama
 from torch import Tensor, nn
 from toys import Mlp, Qkv, one, only_site, saved_storages, stir
 
 import rankwise as rw
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, TargetError
 from rankwise.inits import Init
 from rankwise.inits.random import Kaiming, Orthonormal
 from rankwise.recipes import lora, lora_fa
@@ -277,3 +278,10 @@ def test_dependent_rows_are_refused_before_the_first_step() -> None:
         rw.optimizer(model)
     with pytest.raises(RecipeError, match="smaller side"):
         rw.plan(one(4, 14), lora_fa("corrected", rank=5))
+
+
+@pytest.mark.parametrize("variant", ["plain", "corrected"])
+def test_an_embedding_is_refused_because_its_down_starts_at_zero(variant: Any) -> None:
+    """PEFT's optimizer leaves such an adapter without any effect and says nothing."""
+    with pytest.raises(TargetError, match="embed_tokens is an embedding"):
+        rw.adapt(llama(), rw.recipes.lora_fa(rank=4, variant=variant, targets=["embed_tokens"]))
