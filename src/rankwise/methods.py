@@ -93,6 +93,12 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "galore": About(
+        "All of each weight trains, by steps taken in a subspace of its gradient: the state is small and the result is not of low rank.",
+        "Take it for pretraining, or when full fine-tuning is wanted and its optimizer state does not fit.",
+        "Keeps one frame and two moments of rank * side numbers a site, forms one full gradient at a time and only when a frame is "
+        "renewed; the file holds the weights.",
+    ),
 }
 
 

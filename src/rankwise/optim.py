@@ -95,6 +95,8 @@ def _regroup(optimizer: Optimizer, roles: dict[int, str]) -> None:
 
 # Handles of the gradient transforms of each model, outside of it: copies and pickles of a model carry no hooks.
 _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+# What runs over each model: one session at a time, so that nothing is tapped or transformed twice.
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, list[Running]] = weakref.WeakKeyDictionary()
 
 
 class Session:
@@ -106,8 +108,11 @@ class Session:
         self.rule: GradientRule = record.recipe.gradient
         self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
+        for earlier in _RUNNING.pop(model, []):
+            earlier.close()
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
+        _RUNNING[model] = list(self.running.values())
         for running in self.running.values():
             running.expect(total_steps)
         self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
@@ -134,6 +139,8 @@ class Session:
         """Takes the hooks off."""
         for handle in self.handles:
             handle.remove()
+        for running in self.running.values():
+            running.close()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the hooks to go on where they were: finished steps, sites still without a gradient, and the

@@ -111,11 +111,11 @@ class Plan:
         Args:
             element: bytes of one activation (2 for bf16, 4 for fp32).
         """
-        trained = self.recipe.update.roles - self.recipe.frozen_roles
         inputs: set[str] = set()
         shared: set[str] = set()
         total = ids = 0
         for site in self.sites:
+            trained = trained_roles(self.recipe, site)
             key = site.group or site.name
             if "down" in trained and key not in inputs:
                 inputs.add(key)
@@ -135,11 +135,11 @@ class Plan:
         """Floating-point operations per token and training step, of the adapted layers: the frozen base (forward and input gradient), the
         branch. Products over the tokens only; work on the factors alone does not grow with them."""
         base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
-        trained = self.recipe.update.roles - self.recipe.frozen_roles
         start = 4 if self.recipe.init.moves_base and self.recipe.base == "keep" else 0
         projected: set[str] = set()
         branch = 0
         for site in self.sites:
+            trained = trained_roles(self.recipe, site)
             inner = 4 + start + (2 if "down" in trained else 0)  # products with `down`: forward, gradients of x and of `down`
             outer = 4 + start + (2 if trained - {"down"} else 0)  # products with `up`: forward, gradients of h and of what is behind h
             if site.kind == "embedding" or (self.recipe.update.shares_down and site.group in projected):
@@ -158,6 +158,12 @@ class Plan:
         from rankwise.report import plan_text
 
         return plan_text(self)
+
+
+def trained_roles(recipe: Recipe, site: Site) -> frozenset[str]:
+    """The roles of the update that train at a site: those of the recipe, less what is frozen at this site alone."""
+    here = {slot.role for slot in recipe.update.slots(site).values() if slot.frozen}
+    return recipe.update.roles - recipe.frozen_roles - here
 
 
 def site_parameters(recipe: Recipe, site: Site) -> int:
@@ -183,6 +189,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     groups = Counter(group_of(name) for name in found)
     notes: list[str] = []
     sites = []
+    lowered: dict[int, list[str]] = {}
     for name, (module, pattern) in found.items():
         kind = kind_of(module)
         assert kind is not None
@@ -191,6 +198,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             raise TargetError(f"{name} is one module under several paths ({paths}); an adapter would act at all of them; exclude it")
         width_in, width_out = widths_of(module)
         rank = int(_last_match(recipe.rank_pattern, name, recipe.rank)) if recipe.update.name != "none" else 0
+        asked, rank = rank, recipe.update.rank_at(rank, width_out, width_in) if rank else rank
+        if rank < asked:
+            lowered.setdefault(asked, []).append(f"{name} ({rank})")
         alpha = _last_match(recipe.alpha_pattern, name, 2.0 * recipe.rank if recipe.alpha is None else recipe.alpha)
         if recipe.update.rank_bounded and rank > min(width_in, width_out):
             raise RecipeError(
@@ -220,6 +230,12 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
     recipe.schedule.check(sites)
+    notes += [
+        f"rank {asked} is above the smaller side of {len(names)} sites, which take that side: {names[0]}"
+        + (f" to {names[-1]}" if len(names) > 1 else "")
+        for asked, names in lowered.items()
+    ]
+    notes += recipe.schedule.notes(sites)
     if recipe.schedule.rewrites_base:
         notes.append(_rewriting_note(recipe))
     elif recipe.base == "fold":

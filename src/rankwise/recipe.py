@@ -237,6 +237,10 @@ def _token_core(recipe: Recipe) -> bool:
     return not recipe.update.constant_core
 
 
+def _rewrites(recipe: Recipe) -> bool:
+    return recipe.schedule.rewrites_base
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -246,10 +250,10 @@ LEGALITY: tuple[Forbidden, ...] = (
         "update=none", "gain=none", "nothing would train; choose an update or a gain", _both(_is("update", "none"), _is("gain", "none"))
     ),
     Forbidden(
-        "an update with a start of its own (vera, adalora, none)",
+        "an update with a start of its own (vera, adalora, galore, none)",
         "an init that it cannot take",
         "VeRA's vectors have a fixed start and its pair is the shared pool, AdaLoRA's triplets start at singular values of zero or with "
-        "an init that moves the base, and a gain alone has nothing to start; use init='own'",
+        "an init that moves the base, GaLore's factor at zero, and a gain alone has nothing to start; use init='own'",
         lambda recipe: recipe.update.own_start and not recipe.init.own and not (recipe.update.absorbs_start and _moves(recipe)),
     ),
     Forbidden(
@@ -365,6 +369,48 @@ LEGALITY: tuple[Forbidden, ...] = (
         "an init that needs calibration",
         "its statistics are those of the weight before it was quantized, once; use iterations=1",
         lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
+    ),
+    Forbidden(
+        "a schedule that rewrites the base",
+        "a gain",
+        "the gain is measured against a weight that would move under it, and multiplies what is folded; use gain='none'",
+        _both(_rewrites, lambda recipe: recipe.gain.name != "none"),
+    ),
+    Forbidden(
+        "a schedule that rewrites the base",
+        "a storage that quantizes",
+        "codes cannot take an update without rounding it away; use storage='keep'",
+        _both(_rewrites, lambda recipe: recipe.storage.quantizes),
+    ),
+    Forbidden(
+        "a schedule that rewrites the base",
+        "dropout",
+        "what is folded is the whole update, and not what was trained; use dropout=0",
+        _both(_rewrites, lambda recipe: recipe.dropout > 0),
+    ),
+    Forbidden(
+        "schedule=galore",
+        "update other than galore",
+        "steps are folded out of the frame that this update holds; use update='galore' with init='own'",
+        _both(_is("schedule", "galore"), lambda recipe: recipe.update.name != "galore"),
+    ),
+    Forbidden(
+        "update=galore",
+        "schedule other than galore",
+        "the frame comes from the gradients that this schedule taps; use schedule='galore'",
+        _both(_is("update", "galore"), lambda recipe: recipe.schedule.name != "galore"),
+    ),
+    Forbidden(
+        "update=galore",
+        "frozen roles",
+        "which factor is the frozen frame follows from the shape of each site; leave frozen out",
+        _both(_is("update", "galore"), lambda recipe: bool(recipe.frozen)),
+    ),
+    Forbidden(
+        "update=galore",
+        "gradient=lora-plus",
+        "which side trains follows from the shape of each site, so layers would learn at two rates; use gradient='plain'",
+        _both(_is("update", "galore"), _is("gradient", "lora-plus")),
     ),
 )
 

@@ -2,8 +2,9 @@
 
 from rankwise.schedules.adalora import AdaLoraBudget
 from rankwise.schedules.base import Change, Event, Moment, Running, Schedule, Sliced
+from rankwise.schedules.galore import GaloreFolding
 from rankwise.schedules.none import Constant
 
-SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget)}
+SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget, GaloreFolding)}
 
-__all__ = ["SCHEDULES", "AdaLoraBudget", "Change", "Constant", "Event", "Moment", "Running", "Schedule", "Sliced"]
+__all__ = ["SCHEDULES", "AdaLoraBudget", "Change", "Constant", "Event", "GaloreFolding", "Moment", "Running", "Schedule", "Sliced"]

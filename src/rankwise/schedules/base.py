@@ -72,6 +72,10 @@ class Running(ABC):
         """Takes up what `tensors` gave. Called after the model's own state was loaded."""
         assert not tensors, "a running schedule that saves tensors takes them back"
 
+    def close(self) -> None:
+        """Takes off whatever was put on the model; called when the session ends or another one takes its place."""
+        return
+
     def report(self) -> dict[str, float]:
         """Numbers for the metrics of the step that just ended, such as a penalty or a budget."""
         return {}
@@ -92,6 +96,10 @@ class Schedule(ABC):
     def check(self, sites: "Sequence[Site]") -> None:
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""
         return
+
+    def notes(self, sites: "Sequence[Site]") -> list[str]:
+        """What a plan should say of these sites."""
+        return []
 
     def decay(self, role: str) -> float:
         """What the weight decay of a role is multiplied by, beside what the gradient rule says."""

@@ -4,9 +4,25 @@ from rankwise.updates.base import Part, Role, Site, Slot, Update, UpdateChoice
 from rankwise.updates.lowrank import LowRank, lora_slots
 from rankwise.updates.mixer import Mixer
 from rankwise.updates.none import NoUpdate
+from rankwise.updates.projected import Projected
 from rankwise.updates.svd import Svd
 from rankwise.updates.vera import Vera
 
-UPDATES: dict[str, type[UpdateChoice]] = {choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, NoUpdate)}
+UPDATES: dict[str, type[UpdateChoice]] = {choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Projected, NoUpdate)}
 
-__all__ = ["UPDATES", "LowRank", "Mixer", "NoUpdate", "Part", "Role", "Site", "Slot", "Svd", "Update", "UpdateChoice", "Vera", "lora_slots"]
+__all__ = [
+    "UPDATES",
+    "LowRank",
+    "Mixer",
+    "NoUpdate",
+    "Part",
+    "Projected",
+    "Role",
+    "Site",
+    "Slot",
+    "Svd",
+    "Update",
+    "UpdateChoice",
+    "Vera",
+    "lora_slots",
+]

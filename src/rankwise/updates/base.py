@@ -140,6 +140,10 @@ class UpdateChoice(ABC):
     def slots(self, site: Site) -> dict[str, Slot]:
         """The tensors that one site owns."""
 
+    def rank_at(self, rank: int, width_out: int, width_in: int) -> int:
+        """The rank of a site of these widths where a recipe asks for `rank`: an update whose rank is bounded may lower it."""
+        return rank
+
     def peft_reason(self, sites: Sequence[Site]) -> str:
         """Why a file of `peft_type` cannot hold these sites; empty where it can."""
         return ""
