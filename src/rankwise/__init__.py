@@ -22,12 +22,15 @@ _HOME = {
     "unadapt": "rankwise.adapting",
     "optimizer": "rankwise.optim",
     "attach": "rankwise.optim",
+    "GaLore": "rankwise.galore",
+    "galore_groups": "rankwise.galore",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
     "RankwiseError": "rankwise.errors",
 }
 
 __all__ = [
+    "GaLore",
     "Plan",
     "RankwiseError",
     "Recipe",
@@ -36,6 +39,7 @@ __all__ = [
     "adapt",
     "attach",
     "disabled",
+    "galore_groups",
     "load",
     "merge",
     "optimizer",
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
+    from rankwise.galore import GaLore, galore_groups
     from rankwise.optim import attach, optimizer
     from rankwise.planning import Plan, plan, summary
     from rankwise.recipe import Recipe, Targets

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.eightbit import dynamic_map
 from rankwise.errors import RecipeError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -42,17 +43,6 @@ class Codes(NamedTuple):
 def nf4_table(device: torch.device) -> Tensor:
     """The 16 levels, (16,) fp32, ascending."""
     return torch.tensor(NF4_TABLE, device=device)
-
-
-@cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 levels of a scale, (256,) fp32, ascending: signed, seven decades, each with twice the levels of the one below."""
-    levels = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
-        means = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        levels += means + [-level for level in means]
-    return torch.tensor(sorted(levels), device=device)
 
 
 @cache
