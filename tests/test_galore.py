@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from training_models import make_world, plain_config, silent_console
 
 import rankwise as rw
 from rankwise.checkpoint import load_trainable_state, trainable_state
-from rankwise.errors import RecipeError, TrainingError
+from rankwise.errors import RecipeError, TargetError, TrainingError
 from rankwise.schedules import frames as frames_module
 from rankwise.sites import adapted_sites
 from rankwise.subspace import residual, state_bytes
@@ -790,3 +791,89 @@ def test_a_run_from_yaml_resumes_bit_for_bit_in_the_middle_of_a_window(
     assert renewed[0] == 14
     assert sum(renewed[1:4]) == sum(renewed[4:7]) == 14
     assert whole.after["task"]["loss"] < whole.before["task"]["loss"]
+
+
+def test_pretraining_from_scratch_trains_everything_resumes_and_becomes_a_model(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a folder that holds no weights at all, with tied embeddings, which stay tied."""
+    from rankwise.training.models import load_model
+    from rankwise.training.run import train
+    from rankwise.training.use import evaluate, merge, open_adapter
+
+    folder = tmp_path / "configuration"
+    shutil.copytree(world / "llama", folder)
+    (folder / "model.safetensors").unlink()
+    shape = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(shape))
+
+    def config(name: str) -> dict[str, Any]:
+        plain = plain_config(world, "text", tmp_path / name, method={"name": "galore", "update_interval": 3}, model=str(folder))
+        plain["data"] = {"train": str(world / "general.jsonl"), "eval": str(world / "general.jsonl")}
+        plain["train"] |= {"from_scratch": True, "steps": 7, "save_every": 1, "accumulate": 1, "loss_on": "all", "lr": 2e-2}
+        return plain
+
+    whole = train(config("whole"), console=silent_console())
+    resumed = interrupted(config("cut"), monkeypatch, 3, 5)
+    for name in ("metrics.jsonl", "results.json", "adapter/adapter_model.safetensors", "adapter/rankwise.json"):
+        assert (whole.run / name).read_bytes() == (resumed.run / name).read_bytes(), name
+    assert whole.after["task"]["loss"] < 0.9 * whole.before["task"]["loss"]
+
+    opened = open_adapter(whole.adapter)
+    start = load_model(str(folder), "text", seed=0, from_scratch=True).model
+    assert opened.model.lm_head.weight is opened.model.model.embed_tokens.weight
+    for name, parameter in start.named_parameters():
+        site = adapted_sites(opened.model).get(name.removesuffix(".weight"))
+        now = dict(opened.model.named_parameters()).get(name.replace(".weight", ".base_layer.weight")) if site is None else site.weight
+        assert now is not None
+        assert not torch.equal(now, parameter), name  # everything moved
+    base, scores = evaluate(opened)
+    assert base == {}
+    assert scores["task"]["loss"] == pytest.approx(whole.after["task"]["loss"], rel=1e-6)
+    # one copy of each weight
+    held = sum(p.numel() for p in opened.model.parameters()) - sum(factor(m).numel() for m in adapted_sites(opened.model).values())
+    assert held == sum(p.numel() for p in start.parameters())
+
+    moved = shutil.copytree(whole.adapter, tmp_path / "elsewhere")  # without its run it still knows that it came from scratch
+    done = merge(moved, tmp_path / "model")
+    assert done["difference"] < 1e-5
+    ids = token_ids()
+    plain = load_model(str(tmp_path / "model"), "text").model
+    torch.testing.assert_close(logits(plain, ids), logits(opened.model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_from_scratch_needs_a_method_that_trains_the_weights(world: Path, tmp_path: Path) -> None:
+    from rankwise.errors import ConfigError
+    from rankwise.training.config import make_config, resolve
+
+    plain = plain_config(world, "text", tmp_path, method="lora", train={"from_scratch": True})
+    with pytest.raises(ConfigError, match="use method: galore"):
+        make_config(plain)
+    plain["method"] = "galore"
+    assert resolve(make_config(plain)).schedule.original == "drop"
+    plain["method"] = {"name": "galore", "original": "keep"}
+    assert resolve(make_config(plain)).schedule.original == "keep"
+
+
+def test_modules_in_full_have_no_second_copy_where_originals_are_dropped() -> None:
+    ids = token_ids()
+    for original in ("drop", "keep"):
+        made = recipe(original=original, modules_to_save=["lm_head", "model.norm"])
+        model: Any = rw.adapt(llama(dtype=torch.bfloat16), made)
+        start = logits(llama(dtype=torch.bfloat16), ids)
+        torch.testing.assert_close(logits(model, ids), start, rtol=2e-2, atol=2e-2)
+        shared = model.lm_head.trained is model.lm_head.base_layer
+        assert shared is (original == "drop")
+        assert model.lm_head.trained.weight.dtype == torch.float32
+        assert logits(model, ids).dtype == torch.bfloat16
+        steps(model, rw.optimizer(model, lr=1e-2), 0, 2)
+        after = logits(model.eval(), ids)
+        assert (after - start).abs().max() > 0.05
+        if original == "keep":
+            assert torch.equal(logits(rw.unadapt(model), ids), start)
+        else:
+            with pytest.raises(TargetError, match="original='drop'"), rw.disabled(model):
+                pass
+            plain: Any = rw.merge(model, keep_base=False)
+            assert plain.lm_head.weight.dtype == torch.bfloat16
+            torch.testing.assert_close(logits(plain, ids), after, rtol=5e-2, atol=5e-2)

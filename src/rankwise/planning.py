@@ -339,7 +339,7 @@ def _rows(counted: list[tuple[Site, int]], total: int) -> tuple[Coverage, ...]:
 
 def _linear_count(model: nn.Module) -> int:
     """Linear layers of the base, the same number before and after adapting: neither adapters nor trained copies count."""
-    copies = {id(part) for module in trained_modules(model).values() for part in module.trained.modules()}
+    copies = {id(part) for m in trained_modules(model).values() if m.trained is not m.base_layer for part in m.trained.modules()}
     return sum(
         1
         for module in model.modules()
@@ -397,4 +397,20 @@ def _check_held(recipe: Recipe, name: str, module: nn.Module) -> None:
         )
 
 
-__all__ = ["Coverage", "Plan", "plan", "summary", "trained_modules"]
+def rest_of(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the modules that own parameters and are no sites of a recipe: what must train in full where everything is to train.
+
+    A module that owns nothing but weights of an earlier one (a tied head) is left out: it trains with that one.
+    """
+    sites = {site.name for site in plan(model, recipe).sites}
+    found: list[str] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if own - seen and name and name not in sites:
+            found.append(name)
+        seen |= own
+    return found
+
+
+__all__ = ["Coverage", "Plan", "plan", "rest_of", "summary", "trained_modules"]

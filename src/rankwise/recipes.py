@@ -189,9 +189,9 @@ def galore(
         raise RecipeError(f"scale={scale} and alpha={alpha} say the same thing twice; remove one")
     if fields.get("alpha_pattern"):
         raise RecipeError("alpha_pattern: GaLore has one scale for all sites; remove it")
-    scale = scale if scale is not None else 0.25 if alpha is None else alpha
+    folded = scale if scale is not None else 0.25 if alpha is None else float(alpha)
     fields.setdefault("rank", 128)
-    schedule = GaloreFolding(update_interval, scale, method, stagger, rotate, align, refresh_on, rounding, original)
+    schedule = GaloreFolding(update_interval, folded, method, stagger, rotate, align, refresh_on, rounding, original)
     return _recipe(fields, name="galore", update=Projected(projection), init=Own(), schedule=schedule, lr=5e-4, lr_bracket=(5e-5, 1e-2))
 
 
