@@ -117,6 +117,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
     "adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
+    "galore": ("llama", lambda: rw.recipes.galore(rank=4, update_interval=3), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),
