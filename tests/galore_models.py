@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_models import token_ids
+from tiny_models import Attention, token_ids
 from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.recipe import Recipe
+from rankwise.sites import adapted_sites
 
 TARGETS = ["q_proj", "k_proj", "gate_proj", "down_proj"]  # 32x32, 16x32, 48x32, 32x48: square, wide, tall, wide
+
+ATTENTION = ["q_proj", "k_proj", "v_proj"]  # of the toy: 16x16, 8x16, 8x16
 
 
 class DenseGaLore:
@@ -97,3 +100,32 @@ def steps(model: nn.Module, optimizer: Any, first: int, last: int, after: Callab
         optimizer.step()
         optimizer.zero_grad()
         after(step)
+
+
+def attention_loss(model: nn.Module, number: int) -> Tensor:
+    """Of a toy that needs nothing but torch: other processes import it in a moment."""
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    return (model(x) - x.sum()).square().mean()
+
+
+def parallel_worker(rank: int, init: str, folder: str) -> None:
+    """One of two processes that train on batches of their own; saves D's averaged gradient of step 0, and the weights at the end."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    model: Any = rw.adapt(Attention(), recipe(method="randomized", update_interval=2, targets=ATTENTION))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = rw.optimizer(model, lr=1e-2)
+    kept: dict[str, Tensor] = {}
+    for step in range(4):
+        attention_loss(wrapped, 2 * step + rank).backward()
+        for name, module in adapted_sites(model).items():
+            if step == 0:
+                kept[f"grad.{name}"] = module.update.trained.grad.clone()  # type: ignore[union-attr]
+                kept[f"frame.{name}"] = module.update.frame.clone()  # type: ignore[union-attr, operator]
+        optimizer.step()
+        optimizer.zero_grad()
+    kept |= {f"weight.{name}": module.weight.detach() for name, module in adapted_sites(model).items()}
+    torch.save(kept, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from galore_models import DenseGaLore, batch, gradients, recipe, steps, weights_of
-from tiny_models import OneLinear, gpt2, llama, logits, one_linear, site, token_ids
+from galore_models import ATTENTION, DenseGaLore, attention_loss, batch, gradients, parallel_worker, recipe, steps, weights_of
+from tiny_models import Attention, OneLinear, gpt2, llama, logits, one_linear, site, token_ids
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -439,6 +439,23 @@ def test_checkpointed_blocks_take_the_same_steps(reentrant: bool, refresh_on: st
         dense.step()
         optimizer.zero_grad()
         same(model, dense)
+
+
+@pytest.mark.slow  # two processes of their own
+def test_two_processes_share_one_frame_and_average_in_it(tmp_path: Path) -> None:
+    """DistributedDataParallel on two batches: R is what is averaged, in the frame that the first process found."""
+    torch.multiprocessing.spawn(parallel_worker, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in one.items():
+        assert torch.equal(other[name], value), name
+    plain = Attention()
+    (0.5 * (attention_loss(plain, 0) + attention_loss(plain, 1))).backward()
+    for name, module in adapted_sites(rw.adapt(Attention(), recipe(targets=ATTENTION))).items():
+        weight = plain.get_submodule(name).weight
+        frame, left = one[f"frame.{name}"], module.update.side == "left"  # type: ignore[union-attr]
+        mean = frame.T @ weight.grad if left else weight.grad @ frame  # type: ignore[operator]
+        torch.testing.assert_close(one[f"grad.{name}"], mean, rtol=0, atol=1e-13)
+        assert (one[f"weight.{name}"] - weight).abs().max() > 1e-4
 
 
 def test_conv1d_layers_are_read_as_out_by_in() -> None:

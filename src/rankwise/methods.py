@@ -143,9 +143,8 @@ def describe(name: str) -> str:
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
     alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
-    lines.append(
-        f"  and of every recipe: rank = {recipe.rank}, alpha = {alpha:g}, scaling = {recipe.scaling!r}, dropout = {recipe.dropout:g},"
-    )
+    scaled = f"alpha = {alpha:g}, scaling = {recipe.scaling!r}, " if recipe.update.scaled else ""
+    lines.append(f"  and of every recipe: rank = {recipe.rank}, {scaled}dropout = {recipe.dropout:g},")
     lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, frozen, base, and each axis by its name")
     lines += ["", f"Learning rate {recipe.lr:g}; worth searching from {recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}"]
     lines.append(f"Paper: {paper(name)}")
