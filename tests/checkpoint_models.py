@@ -117,6 +117,13 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "vera": ("llama", lambda: RECIPES["vera"](rank=24), "VERA"),
     "propulsion": ("llama", _named("propulsion"), "RANKWISE"),
     "adalora": ("llama", lambda: rw.recipes.adalora(rank=4, start="orthonormal"), "ADALORA"),
+    "deep-lora": ("llama", _named("deep-lora"), "RANKWISE"),
+    "deep-lora compressed, exact start": (
+        "llama",
+        lambda: rw.recipes.deep_lora(rank=4, variant="compressed", gamma=1.0, exact_zero=True, alpha=3, epsilon=0.1),
+        "RANKWISE",
+    ),
+    "deep-lora with frozen frames": ("gpt2", lambda: rw.recipes.deep_lora(rank=5, variant="compressed", gamma=0, epsilon=0.2), "RANKWISE"),
     "galore": ("llama", lambda: rw.recipes.galore(rank=4, update_interval=3), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),

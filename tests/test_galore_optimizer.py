@@ -4,8 +4,10 @@ import copy
 import io
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -18,7 +20,6 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise import eightbit
 from rankwise.errors import RecipeError, TargetError, TrainingError
-from rankwise.galore import round_stochastically
 from rankwise.subspace import (
     ALL_ZERO,
     NOT_FINITE,
@@ -246,6 +247,20 @@ def test_golden_every_step_of_galore_torch_over_four_refreshes(shape: tuple[int,
         torch.testing.assert_close(ours_plain, theirs_plain, atol=3e-6, rtol=0)
 
 
+def test_the_side_is_stored_where_the_peer_infers_it_from_shapes() -> None:
+    start, stream = torch.randn(24, 40), gradients((24, 40), 2)
+    theirs = nn.Parameter(start.clone())
+    group = {"params": [theirs], "rank": 24, "update_proj_gap": 5, "scale": 0.25, "proj_type": "reverse_std"}
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(GaLoreAdamW([group], no_deprecation_warning=True), theirs, stream)
+    ours, optimizer = one(start, rank=24, projection="reverse_std")
+    run(optimizer, ours, stream)
+    assert optimizer.state[ours]["side"] == "right"
+    other, right = one(start, rank=24, projection="right")
+    run(right, other, stream)
+    assert torch.equal(ours, other)
+
+
 def test_the_default_differs_from_galore_torch_only_in_where_eps_stands_and_in_signs() -> None:
     start, stream = torch.randn(24, 40), gradients((24, 40), 5)  # within the first window signs play no part
     ours, optimizer = one(start, method="svd", eps=0.0)
@@ -418,6 +433,18 @@ def test_layerwise_is_refused_in_a_distributed_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(TrainingError, match="layerwise=True frees gradients before they are averaged"):
         rw.GaLore(rw.galore_groups(layers(), 4), layerwise=True)
+
+
+def test_sharded_weights_are_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(24, 40), mesh))
+        rw.GaLore([{"params": [sharded]}])
+        with pytest.raises(TrainingError, match="a sharded weight"):
+            rw.GaLore([{"params": [sharded], "rank": 4}])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # the state
@@ -637,15 +664,6 @@ def test_half_precision_weights_keep_fp32_state_and_take_steps_that_rounding_to_
     assert float((got * move).sum() / move.square().sum()) == pytest.approx(1, abs=0.25)
 
 
-def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:
-    values = torch.tensor([1 + 2**-9, -1 - 2**-10, 1.5, math.inf, -math.inf]).repeat(40000, 1)
-    rounded = round_stochastically(values, generator()).float()
-    assert rounded[:, 0].mean() == pytest.approx(1 + 2**-9, abs=1e-4)
-    assert rounded[:, 1].mean() == pytest.approx(-1 - 2**-10, abs=1e-4)
-    assert torch.equal(rounded[:, 2:], values[:, 2:])
-    assert round_stochastically(torch.tensor([math.nan]), generator()).isnan().all()
-
-
 def test_a_convolution_is_a_matrix_of_its_filters() -> None:
     start, stream = torch.randn(24, 5, 2, 4), gradients((24, 40), 7)
     weight, optimizer = one(start.to(memory_format=torch.channels_last))
@@ -762,3 +780,31 @@ def test_sparse_gradients_are_refused() -> None:
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TrainingError, match="no sparse gradients"):
         rw.GaLore([{"params": table.parameters(), "rank": 2}]).step()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_the_page_shows_runs(number: int) -> None:
+    page = Path(__file__).parent.parent / "docs" / "galore-optimizer.md"
+    scripts = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+    assert len(scripts) == 2
+    model, ids = llama(hidden_size=64), token_ids(4, 9)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    exec(compile(scripts[number], str(page), "exec"), {"model": model, "batch": {"input_ids": ids, "labels": ids}})
+    assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_accelerate_takes_it_as_it_takes_any_optimizer() -> None:
+    from accelerate import Accelerator
+
+    model, ids = llama(dtype=torch.bfloat16), token_ids(4, 9)
+    optimizer = rw.GaLore(rw.galore_groups(model, 4), states="8bit")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for _ in range(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(input_ids=ids, labels=ids).loss)
+            wrapped.step()
+            wrapped.zero_grad()
+    wrapped.load_state_dict(through_a_file(wrapped.state_dict()))
+    assert (optimizer.state[weight]["step"], optimizer.state[weight]["frame"].dtype) == (2, torch.float32)

@@ -29,7 +29,7 @@ def made_part(name: str) -> str:
         lines.append(f"| {axis} | `{getattr(recipe, axis).name}` |")
     if recipe.frozen:
         lines.append(f"| frozen roles | {', '.join(f'`{role}`' for role in sorted(recipe.frozen))} |")
-    alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+    alpha = recipe.alpha_of(recipe.rank)
     scaled = f", alpha {alpha:g}" if recipe.update.scaled else ""
     lines += ["", f"Rank {recipe.rank}{scaled}, dropout {recipe.dropout:g}, learning rate {recipe.lr:g} (worth searching: "]
     lines[-1] += f"{recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}) unless the configuration says otherwise."

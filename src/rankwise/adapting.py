@@ -185,7 +185,7 @@ def _adapter(
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
             down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
             update.begin(down, up, recipe.init.moves_base, generator)
-            if recipe.init.moves_base:
+            if recipe.moves_base:
                 factors = update.factors()
                 # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
                 offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())

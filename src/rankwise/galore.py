@@ -25,6 +25,7 @@ from rankwise.errors import RecipeError, TargetError, TrainingError
 from rankwise.inits.base import site_generator
 from rankwise.recipe import targets as read_targets
 from rankwise.sites import find_sites, tied_names
+from rankwise.storage.base import rounded_to
 from rankwise.subspace import NOT_FINITE, back, clamped, project, refresh, rotate, side_of
 
 # What galore-torch calls options that have other names here.
@@ -61,7 +62,8 @@ class GaLore(Optimizer):
 
     Raises:
         RecipeError: an option out of range, an unknown option of galore-torch, a weight without two dimensions in a GaLore group.
-        TrainingError: `layerwise` in a distributed run, whose gradients are not yet averaged when they are freed.
+        TrainingError: `layerwise` in a distributed run, whose gradients are not yet averaged when they are freed; a sharded weight in a
+            GaLore group.
     """
 
     def __init__(
@@ -259,12 +261,12 @@ class GaLore(Optimizer):
     def _write(self, param: Tensor, weight: Tensor, group: dict[str, Any]) -> None:
         if weight is param:
             return
-        if group["rounding"] == "stochastic" and param.dtype == torch.bfloat16:
+        generator = None
+        if group["rounding"] == "stochastic":
             state = self.state[param]
-            place = state.get("place", self._name(param))
-            seed = site_generator(group["seed"], str(place), f"rounding {state['step']}").initial_seed()
-            weight = round_stochastically(weight, torch.Generator(param.device).manual_seed(seed))
-        param.copy_(weight)
+            seed = site_generator(group["seed"], str(state.get("place", self._name(param))), f"rounding {state['step']}").initial_seed()
+            generator = torch.Generator(param.device).manual_seed(seed)
+        param.copy_(rounded_to(weight, param.dtype, generator))
 
 
 class _Free:
@@ -337,14 +339,6 @@ def _adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> 
     return first, denominator, size
 
 
-def round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """An fp32 tensor in bf16, each element rounded up or down with a chance that makes the result right on average."""
-    noise = torch.randint(0, 1 << 16, tensor.shape, generator=generator, dtype=torch.int32, device=tensor.device)
-    # bf16 is the upper half of fp32: noise in the lower half carries into the upper one as often as it should
-    bits = (tensor.contiguous().view(torch.int32) + noise).bitwise_and_(-(1 << 16))
-    return torch.where(tensor.isfinite(), bits.view(torch.float32), tensor).to(torch.bfloat16)
-
-
 def _check(group: Mapping[str, Any]) -> None:
     for theirs, ours in _THEIR_NAMES.items():
         if theirs in group:
@@ -367,6 +361,10 @@ def _check(group: Mapping[str, Any]) -> None:
         if group["rank"] is not None:
             if param.dim() < 2:
                 raise RecipeError(f"a weight of shape {tuple(param.shape)} has no subspace; put it into a group without a rank")
+            if hasattr(param, "device_mesh"):
+                raise TrainingError(
+                    "a sharded weight (DTensor) has no subspace of its own; shard with FSDP only what is in a group without a rank"
+                )
             clamped(group["rank"], len(param), param.numel() // len(param))
 
 

@@ -43,6 +43,11 @@ ABOUT: dict[str, About] = {
         "Take it when activations are what fills the memory: only the thin projection is kept for the backward.",
         "Trains rank * out numbers a site, and keeps rank instead of in numbers per token.",
     ),
+    "lora-pro": About(
+        "LoRA whose two gradients are replaced by the pair of steps that together move the weight most like full fine-tuning.",
+        "Take it where LoRA stays behind full fine-tuning; adam_space: weight is nearest to it, where its moments fit.",
+        "Rank-sized algebra each step; in weight space two averages of the size of every adapted weight, as full fine-tuning keeps.",
+    ),
     "dora": About(
         "LoRA moves the direction of each weight row, and a trained length scales the row.",
         "Take it at small ranks, or where LoRA stays behind full fine-tuning.",
@@ -82,6 +87,11 @@ ABOUT: dict[str, About] = {
         "Two trained vectors scale a frozen random pair that all sites share.",
         "Take it when very many adapters must be stored; it wants a high rank and a high learning rate.",
         "Trains rank + out numbers a site; the shared pair is drawn again from its seed and need not be stored.",
+    ),
+    "deep-lora": About(
+        "The update is a product of three small orthogonal factors instead of two, which makes training grow few directions only.",
+        "Take it when rows are few, or when no rank should have to be chosen; variant=compressed asks one gradient for its directions.",
+        "Trains rank * rank numbers more a site than LoRA (3 rank * rank if compressed; with gamma=0 only these); merged it costs nothing.",
     ),
     "propulsion": About(
         "Every output of a site is multiplied by a trained power; there are no factors.",
@@ -142,7 +152,7 @@ def describe(name: str) -> str:
     lines += ["", f"Options under method: {{name: {name}, ...}}"]
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
-    alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+    alpha = recipe.alpha_of(recipe.rank)
     scaled = f"alpha = {alpha:g}, scaling = {recipe.scaling!r}, " if recipe.update.scaled else ""
     lines.append(f"  and of every recipe: rank = {recipe.rank}, {scaled}dropout = {recipe.dropout:g},")
     lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, frozen, base, and each axis by its name")

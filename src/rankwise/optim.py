@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
-from rankwise.gradients import GradientRule
+from rankwise.gradients import DirectSteps, GradientRule
 from rankwise.resizing import resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
 from rankwise.sites import AdaptedLinear, adapted_sites
@@ -54,14 +54,20 @@ def optimizer(
         model: an adapted model.
         lr: learning rate; None takes the recipe's own.
         weight_decay: decoupled decay of every role, before the gradient rule scales it.
-        kind: any optimizer class that takes parameter groups, lr and weight_decay.
+        kind: any optimizer class that takes parameter groups, lr and weight_decay. Roles whose gradients the recipe's rule makes into steps
+            (LoRA-Pro in weight space) move by them; `kind` then serves the others.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
         **options: passed on to it. Plain AdamW runs fused unless told otherwise.
     """
-    lr = adapted(model).recipe.lr if lr is None else lr
+    recipe = adapted(model).recipe
+    lr = recipe.lr if lr is None else lr
     if kind is torch.optim.AdamW:
         options.setdefault("fused", True)
-    made = kind(groups_of(model, lr, weight_decay), lr=lr, weight_decay=weight_decay, **options)
+    groups = groups_of(model, lr, weight_decay)
+    if recipe.gradient.direct:
+        made: Optimizer = DirectSteps(groups, kind, recipe.gradient.direct, lr, weight_decay, **options)
+    else:
+        made = kind(groups, lr=lr, weight_decay=weight_decay, **options)
     return attach(model, made, total_steps)
 
 
@@ -70,8 +76,14 @@ def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = Non
 
     Raises:
         TrainingError: the optimizer misses parameters that train, or holds frozen ones of the base; total_steps is missing where the
-            recipe's schedule must know it.
+            recipe's schedule must know it; the optimizer would normalize gradients that the recipe's rule makes into steps.
     """
+    rule = adapted(model).recipe.gradient
+    if rule.direct and not (isinstance(optimizer, DirectSteps) and optimizer.direct >= rule.direct):
+        raise TrainingError(
+            f"gradient={rule.name!r} makes finished steps of the gradients of {', '.join(sorted(rule.direct))}, which "
+            f"{type(optimizer).__name__} would change once more; make the optimizer with rankwise.optimizer(model, kind=...)"
+        )
     roles = {id(parameter): role for role, parameter in roles_of(model).values()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, (_, parameter) in roles_of(model).items() if id(parameter) not in held]

@@ -81,18 +81,26 @@ class Plan:
         for site in self.sites:
             slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
             count += sum(slot.numel for slot in slots.values() if not slot.trains(self.recipe.frozen_roles))
-            if self.recipe.init.moves_base:
+            if self.recipe.moves_base:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
         return count
 
     @property
+    def _direct_numbers(self) -> int:
+        """Trained numbers whose gradients are steps already, so that the optimizer keeps no moments of them."""
+        frozen, direct = self.recipe.frozen_roles, self.recipe.gradient.direct
+        slots = [slot for site in self.sites for slot in self.recipe.update.slots(site).values()]
+        return sum(slot.numel for slot in slots if slot.role in direct and slot.trains(frozen))
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes, exact: base weights, adapters (fp32 masters, fp64 on an fp64 base; a shared pool in the base's dtype), their gradients,
-        AdamW's two moments."""
+        AdamW's two moments, and what the recipe's rule for gradients and its schedule keep beside them."""
         element = self.sites[0].element
         master, trained = max(4, element), self.trained_parameters
+        state = sum(axis.state_bytes(self.recipe, self.sites) for axis in (self.recipe.gradient, self.recipe.schedule))
         schedule = self.recipe.schedule
         kept = schedule.rewrites_base and schedule.original == "keep"
         original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
@@ -102,7 +110,8 @@ class Plan:
             **({"original weights (on the CPU)": original} if original else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
-            "AdamW moments": 2 * master * trained,
+            "AdamW moments": 2 * master * (trained - self._direct_numbers),
+            **({"state of the method": state} if state else {}),
         }
 
     def saved_bytes_per_token(self, element: int = 2) -> int:
@@ -135,7 +144,7 @@ class Plan:
         """Floating-point operations per token and training step, of the adapted layers: the frozen base (forward and input gradient), the
         branch. Products over the tokens only; work on the factors alone does not grow with them."""
         base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
-        start = 4 if self.recipe.init.moves_base and self.recipe.base == "keep" else 0
+        start = 4 if self.recipe.moves_base and self.recipe.base == "keep" else 0
         projected: set[str] = set()
         branch = 0
         for site in self.sites:
@@ -201,7 +210,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         asked, rank = rank, recipe.update.rank_at(rank, width_out, width_in) if rank else rank
         if rank < asked:
             lowered.setdefault(asked, []).append(f"{name} ({rank})")
-        alpha = _last_match(recipe.alpha_pattern, name, 2.0 * recipe.rank if recipe.alpha is None else recipe.alpha)
+        alpha = _last_match(recipe.alpha_pattern, name, recipe.alpha_of(rank))
         if recipe.update.rank_bounded and rank > min(width_in, width_out):
             raise RecipeError(
                 f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: the extra factors would be redundant; "
@@ -242,6 +251,11 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         notes.append("base='fold' rewrites the base weights: disabled() and unadapt() give the base back to rounding, not bit for bit")
     if recipe.init.calibration is not None:
         notes.append(calibration_note(recipe.init.calibration, sites))
+    if recipe.update.start_size:
+        notes.append(
+            f"the update starts at a size of {recipe.update.start_size:g} (spectral norm) and not at zero, so the start is the base "
+            "to about that; exact_zero=True subtracts it"
+        )
     if recipe.gain.name == "propulsion" and any(site.has_bias for site in sites):
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:
@@ -375,7 +389,7 @@ def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
         return
     if recipe.schedule.rewrites_base:
         raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
-    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.init.moves_base or recipe.gradient.name == "lora-fa":
+    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.moves_base or recipe.gradient.name == "lora-fa":
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
     if "down" in recipe.frozen_roles:
         raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")

@@ -58,7 +58,7 @@ class Targets:
 class Recipe:
     """One low-rank method: a choice on each of the seven axes and the numbers that go with it. Immutable; `replace` makes variants.
 
-    rank: inner size of the factors. alpha: numerator of the scaling, None for twice the rank.
+    rank: inner size of the factors. alpha: numerator of the scaling, None for twice the rank (a scaling of 1 for Deep LoRA).
     scaling: 'lora' for alpha / rank, 'rslora' for alpha / sqrt(rank).
     dropout: probability on the branch's input, in training.
     base: for starts that are not zero: 'keep' subtracts the frozen start in the forward and leaves the base untouched, 'fold' writes the
@@ -98,6 +98,19 @@ class Recipe:
     def frozen_roles(self) -> frozenset[str]:
         """All roles that do not train."""
         return self.frozen | self.update.frozen
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether a start that is not zero is subtracted (base='keep') or folded into the base: the init's, or the update's own."""
+        return self.init.moves_base or self.update.moves_base
+
+    def alpha_of(self, rank: int) -> float:
+        """Alpha of a site of this rank, patterns aside: the given one, else twice the recipe's rank, or what makes the scaling 1."""
+        if self.alpha is not None:
+            return self.alpha
+        if self.update.unit_scaling:
+            return float(rank) if self.scaling == "lora" else math.sqrt(rank)
+        return 2.0 * self.rank
 
     def scaling_of(self, rank: int, alpha: float) -> float:
         """The number that multiplies the update."""
@@ -250,11 +263,17 @@ LEGALITY: tuple[Forbidden, ...] = (
         "update=none", "gain=none", "nothing would train; choose an update or a gain", _both(_is("update", "none"), _is("gain", "none"))
     ),
     Forbidden(
-        "an update with a start of its own (vera, adalora, galore, none)",
+        "an update with a start of its own (vera, adalora, deep-lora, galore, none)",
         "an init that it cannot take",
         "VeRA's vectors have a fixed start and its pair is the shared pool, AdaLoRA's triplets start at singular values of zero or with "
-        "an init that moves the base, GaLore's factor at zero, and a gain alone has nothing to start; use init='own'",
-        lambda recipe: recipe.update.own_start and not recipe.init.own and not (recipe.update.absorbs_start and _moves(recipe)),
+        "an init that moves the base, Deep LoRA's bias to low rank comes from factors that start small, balanced and orthogonal "
+        "(init='own' or 'deep-lora'), GaLore's factor starts at zero, and a gain alone has nothing to start; use init='own'",
+        lambda recipe: (
+            recipe.update.own_start
+            and not recipe.init.own
+            and not (recipe.update.absorbs_start and _moves(recipe))
+            and not (recipe.update.takes_frames and recipe.init.gives_frames)
+        ),
     ),
     Forbidden(
         "an update made of a pair (lora, moslora)",
@@ -371,6 +390,24 @@ LEGALITY: tuple[Forbidden, ...] = (
         lambda recipe: recipe.storage.iterations > 1 and recipe.base == "fold" and recipe.init.calibration is not None,
     ),
     Forbidden(
+        "init=deep-lora",
+        "an update made of a pair (lora, moslora)",
+        "it gives directions without a size, which would start as a large update; use update='deep-lora', or init='lora-ga'",
+        lambda recipe: recipe.init.gives_frames and not recipe.update.own_start,
+    ),
+    Forbidden(
+        "gradient=lora-pro",
+        "update other than lora",
+        "the equivalent gradient is the closed form for one pair without a core; use update='lora'",
+        _both(_is("gradient", "lora-pro"), lambda recipe: recipe.update.name != "lora"),
+    ),
+    Forbidden(
+        "gradient=lora-pro",
+        "down and up frozen",
+        "their gradients are what is adjusted, and neither would train; unfreeze one, or use gradient='plain'",
+        _both(_is("gradient", "lora-pro"), _frozen("down", "up")),
+    ),
+    Forbidden(
         "a schedule that rewrites the base",
         "a gain",
         "the gain is measured against a weight that would move under it, and multiplies what is folded; use gain='none'",
@@ -408,9 +445,9 @@ LEGALITY: tuple[Forbidden, ...] = (
     ),
     Forbidden(
         "update=galore",
-        "gradient=lora-plus",
-        "which side trains follows from the shape of each site, so layers would learn at two rates; use gradient='plain'",
-        _both(_is("update", "galore"), _is("gradient", "lora-plus")),
+        "gradient other than plain",
+        "which side trains follows from the shape of each site, so rules for one role would treat layers differently; use gradient='plain'",
+        _both(_is("update", "galore"), lambda recipe: recipe.gradient.name != "plain"),
     ),
 )
 

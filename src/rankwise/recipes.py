@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from rankwise.errors import RecipeError
 from rankwise.gains import Dora, Propulsion
-from rankwise.gradients import LoraFa, LoraPlus, Plain
-from rankwise.inits import Corda, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
+from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
+from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
 from rankwise.recipe import Recipe, _coerce
 from rankwise.schedules import AdaLoraBudget, GaloreFolding
 from rankwise.storage import NF4
-from rankwise.updates import Mixer, NoUpdate, Projected, Svd, Vera
+from rankwise.updates import Deep, Mixer, NoUpdate, Projected, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -56,6 +56,30 @@ def lora_fa(variant: Literal["plain", "corrected"] = "plain", **fields: Any) -> 
     """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): `down` stays frozen. 'plain' is version 1 of the paper, 'corrected' version 2."""
     rule = LoraFa() if variant == "corrected" else Plain()
     return _recipe(fields, name="lora-fa", gradient=rule, init=Orthonormal(), frozen=frozenset({"down"}), lr=4e-4, lr_bracket=(7e-5, 4e-3))
+
+
+def lora_pro(
+    adam_space: Literal["factor", "weight"] = "factor",
+    x: Literal["sylvester", "symmetric", "zero"] = "sylvester",
+    cap: float | None = 0.1,
+    paper_exact: bool = False,
+    ridge: float = 0.0,
+    decay: Literal["adapter", "none"] = "adapter",
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    states: Literal["fp32", "8bit", "factored"] = "fp32",
+    tile: int | None = None,
+    **fields: Any,
+) -> Recipe:
+    """LoRA-Pro (Wang et al. 2024, arXiv 2407.18242): the steps of both factors are those that move the weight most like full fine-tuning.
+
+    adam_space='weight' is the paper's AdamW, with moments as large as the weights and a rate of full fine-tuning. `paper_exact` takes the
+    bound off the steps (cap).
+    """
+    rule = LoraPro(adam_space, x, None if paper_exact else cap, ridge, decay, beta1, beta2, eps, states, tile)
+    lr, bracket = (2e-4, (5e-5, 2e-3)) if adam_space == "factor" else (2e-5, (5e-6, 5e-4))
+    return _recipe(fields, name="lora-pro", gradient=rule, lr=lr, lr_bracket=bracket)
 
 
 def dora(norm_grad: Literal["detached", "full"] = "detached", **fields: Any) -> Recipe:
@@ -161,6 +185,44 @@ def adalora(
     return _recipe(fields, name="adalora", update=Svd(start), init=Own(), schedule=schedule, lr=1e-3, lr_bracket=(2e-4, 5e-3))
 
 
+def deep_lora(
+    variant: Literal["narrow", "compressed"] = "narrow",
+    depth: int = 3,
+    epsilon: float = 1e-3,
+    gamma: float | None = None,
+    frames: Literal["random", "identity"] | None = None,
+    repo_exact: bool = False,
+    exact_zero: bool = False,
+    estimate: Literal["full", "sketch"] = "full",
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 64,
+    **fields: Any,
+) -> Recipe:
+    """Deep LoRA (Yaras et al. 2024, arXiv 2406.04112): a product of small orthogonal factors, which learns few directions whatever its
+    rank. 'narrow' is what the published scripts ran; 'compressed' is the paper's method, in the frames of one gradient.
+
+    gamma, frames, repo_exact, estimate, svd and calibration_rows belong to 'compressed': its frames learn at gamma times the rate (1e-2, as
+    in the experiments), and gamma=0 freezes them. The scaling is 1 unless an alpha is given, and epsilon^depth is its start either way.
+    """
+    compressed = variant == "compressed"
+    given = {"gamma": gamma, "frames": frames, "repo_exact": repo_exact or None}
+    if not compressed and (stray := [name for name, value in given.items() if value is not None]):
+        raise RecipeError(f"{stray[0]}={given[stray[0]]!r} belongs to variant='compressed', and variant is {variant!r}; remove it")
+    gamma = 1e-2 if gamma is None else gamma
+    if not 0 <= gamma <= 1:
+        raise RecipeError(f"gamma={gamma!r} must lie between 0 (frozen frames) and 1 (one rate for all); the experiments have 1e-2")
+    defaults: dict[str, Any] = {"update": Deep(variant, depth, epsilon, exact_zero), "init": Own(), "lr": 1e-4, "lr_bracket": (2e-5, 5e-3)}
+    if compressed:
+        defaults |= {
+            "init": DeepFrames(frames or "random", repo_exact, estimate, svd, calibration_rows),
+            "lr": 1e-2,
+            "lr_bracket": (1e-3, 5e-2),
+        }
+        defaults |= {"gradient": RoleRates(down=gamma, up=gamma)} if gamma else {"frozen": frozenset({"down", "up"})}
+    fields.setdefault("rank", 8)
+    return _recipe(fields, name="deep-lora", **defaults)
+
+
 def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
@@ -201,6 +263,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "qlora": qlora,
     "lora-plus": lora_plus,
     "lora-fa": lora_fa,
+    "lora-pro": lora_pro,
     "dora": dora,
     "pissa": pissa,
     "milora-svd": milora_svd,
@@ -211,5 +274,6 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "vera": vera,
     "propulsion": propulsion,
     "adalora": adalora,
+    "deep-lora": deep_lora,
     "galore": galore,
 }

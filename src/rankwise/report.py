@@ -61,9 +61,9 @@ def plan_text(plan: "Plan", width: int = 110) -> str:
     )
     console.print(f"Recipe {recipe.name}: {axes}")
     if recipe.update.scaled:
-        alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+        alpha = recipe.alpha_of(recipe.rank)
         extra = f", frozen {', '.join(sorted(recipe.frozen))}" if recipe.frozen else ""
-        extra += f", base {recipe.base}" if recipe.init.moves_base else ""
+        extra += f", base {recipe.base}" if recipe.moves_base else ""
         console.print(f"rank {recipe.rank}, alpha {alpha:g}, scaling {scale}, dropout {recipe.dropout:g}{extra}")
     elif recipe.update.roles:
         console.print(f"rank {recipe.rank}, dropout {recipe.dropout:g}")

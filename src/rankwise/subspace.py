@@ -137,8 +137,8 @@ def _range(matrix: Tensor, rank: int, generator: torch.Generator | None, oversam
 def warm(matrix: Tensor, previous: Tensor, generator: torch.Generator | None = None, oversample: int = 0) -> Tensor:
     """One subspace iteration from a frame (k, rank) on a matrix (k, n): nearly its leading left singular vectors if it moved little.
 
-    `oversample` random directions of the matrix stand beside the frame, for what the frame has no part in: without them a bare iteration
-    misses the bound of 1.05 times the best residual once a third of the gradient is new. (4 rank + 6 oversample) k n operations.
+    `oversample` random directions of the matrix stand beside the frame, for what the frame has no part in; how much a bare iteration
+    loses is measured by benchmarks/galore_refresh.py. (4 rank + 6 oversample) k n operations.
     """
     rank = previous.shape[1]
     width = min(rank + max(0, oversample), *matrix.shape) - rank

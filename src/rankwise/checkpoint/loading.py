@@ -143,7 +143,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         recipe = Recipe.from_dict(about["recipe"])
     except (RecipeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / NATIVE_FILE}: {error}; it may come from a newer version of rankwise") from error
-    start = None if not recipe.init.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
+    start = None if not recipe.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
     if about["start"] != start:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"

@@ -35,7 +35,7 @@ BASE_WEIGHT = "base_weight"  # of a site whose schedule writes into its base
 
 def is_stacked(recipe: Recipe, peft_type: str) -> bool:
     """Whether the start stands in the second half of the LoRA factors."""
-    return peft_type == "LORA" and recipe.init.moves_base
+    return peft_type == "LORA" and recipe.moves_base
 
 
 # --- which layout ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
         return NATIVE, f"PEFT's modules_to_save cannot name {', '.join(heads)} without other modules"
     if recipe.gain.name not in (("none", "dora") if wanted == "LORA" else ("none",)):
         return NATIVE, f"PEFT has no gain={recipe.gain.name!r} over update={recipe.update.name!r}"
-    if recipe.init.moves_base and wanted != "LORA":
+    if recipe.moves_base and wanted != "LORA":
         return NATIVE, f"PEFT has no start of its own over update={recipe.update.name!r}"
     if reason := recipe.update.peft_reason(sites):
         return NATIVE, reason
@@ -114,7 +114,7 @@ def shapes(site: Site, recipe: Recipe, peft_type: str) -> dict[str, tuple[int, .
     if is_stacked(recipe, peft_type):
         found[slots["down"].key] = (2 * site.rank, site.in_features)
         found[slots["up"].key] = (site.out_features, 2 * site.rank)
-    elif recipe.init.moves_base:
+    elif recipe.moves_base:
         found |= {"start_down": (site.rank, site.in_features), "start_up": (site.out_features, site.rank)}
     if recipe.schedule.rewrites_base:
         found[BASE_WEIGHT] = (site.out_features, site.in_features)
@@ -132,7 +132,7 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
         down, up = update["down"], update["up"]
         start = Start(down[site.rank :], -up[:, site.rank :])
         update |= {"down": down[: site.rank], "up": up[:, : site.rank]}
-    elif recipe.init.moves_base:
+    elif recipe.moves_base:
         start = Start(tensors[f"{PREFIX}{site.name}.start_down"], tensors[f"{PREFIX}{site.name}.start_up"])
     weight = tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"] if recipe.schedule.rewrites_base else None
     return Stored(update, gain, start, weight)

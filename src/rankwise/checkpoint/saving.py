@@ -115,7 +115,7 @@ def _about(record: Adapted, peft_type: str, reason: str, config: Mapping[str, An
         notes.append(f"PEFT refuses this adapter: {reason}")
     if recipe.base == "fold":
         notes.append("the factors and their start stand against the original base; loading folds the start into it again")
-    start = None if not recipe.init.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
+    start = None if not recipe.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
     return {
         "format_version": FORMAT_VERSION,
         "rankwise_version": __version__,

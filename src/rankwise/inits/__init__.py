@@ -2,6 +2,7 @@
 
 from rankwise.inits.base import Beginning, Calibration, Init, Statistics, site_generator
 from rankwise.inits.corda import Corda
+from rankwise.inits.deep_lora import DeepFrames
 from rankwise.inits.lora_ga import LoraGa
 from rankwise.inits.olora import OLora
 from rankwise.inits.own import Own
@@ -9,10 +10,10 @@ from rankwise.inits.random import Gaussian, Kaiming, Orthonormal, RandomUp
 from rankwise.inits.spectral import MinorComponents, Pissa
 
 INITS: dict[str, type[Init]] = {
-    init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa, Corda)
+    init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa, Corda, DeepFrames)
 }
 
 __all__ = [
-    "INITS", "Beginning", "Calibration", "Corda", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora", "Orthonormal", "Own",
-    "Pissa", "RandomUp", "Statistics", "site_generator",
+    "INITS", "Beginning", "Calibration", "Corda", "DeepFrames", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora",
+    "Orthonormal", "Own", "Pissa", "RandomUp", "Statistics", "site_generator",
 ]  # fmt: skip

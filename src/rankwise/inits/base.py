@@ -67,6 +67,8 @@ class Init(ABC):
     needs_weight: ClassVar[bool] = False
     #: the init makes no pair, because the update brings its own values
     own: ClassVar[bool] = False
+    #: the pair is directions without a size, orthonormal rows and columns: for updates that say themselves how large they start
+    gives_frames: ClassVar[bool] = False
 
     @property
     def calibration(self) -> Calibration | None:

@@ -54,7 +54,7 @@ class LoraGa(Init):
                 f"{site.name} saw {statistics.tokens} calibration tokens, and {wanted} directions of its gradient are needed; give more "
                 "rows (method.calibration_rows), or lower the rank"
             )
-        u, s, v = self.singular(statistics, wanted, generator)
+        u, s, v = singular(statistics, wanted, self.svd, generator)
         if not s[0] > 0:
             raise CalibrationError(
                 f"the gradient at {site.name} is zero: the loss does not depend on it; exclude this site, or give labels it acts on"
@@ -69,19 +69,6 @@ class LoraGa(Init):
         c = self.size(site)
         return Beginning(c * v[:, mine].T, c * u[:, other], tuple(notes))
 
-    def singular(self, statistics: Statistics, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """U (out, count), S (count,), V (in, count) of the gradient, signs fixed."""
-        gradient, basis = statistics.gradient, statistics.basis
-        assert gradient is not None
-        # the size of the loss must not reach the limits of the number format
-        gradient = gradient / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
-        if basis is None:
-            svd = self.svd if self.svd != "auto" else "exact" if min(gradient.shape) <= 1024 else "randomized"
-            basis = largest_directions(gradient, count, svd, None, 4, generator)
-            gradient = basis.T @ gradient  # (count, in)
-        u, s, vt = torch.linalg.svd(gradient, full_matrices=False)
-        return fix_signs((basis @ u)[:, :count]), s[:count], fix_signs(vt[:count].T)
-
     def indices(self, rank: int, wanted: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """The singular vectors of `down` and of `up`, each `rank` many out of `wanted`; disjoint where wanted is 2 rank."""
         order = torch.randperm(wanted, generator=generator).tolist() if self.direction == "random" else list(range(wanted))
@@ -95,3 +82,17 @@ class LoraGa(Init):
         if self.scale == "stable":
             return site.out_features**0.25 / self.gamma**0.5
         return 1 / site.scaling if self.scale == "gd" else 1.0
+
+
+def singular(statistics: Statistics, count: int, svd: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, count), S (count,), V (in, count) of the gradient over its largest entry, signs of U and of V fixed each for itself."""
+    gradient, basis = statistics.gradient, statistics.basis
+    assert gradient is not None
+    # the size of the loss must not reach the limits of the number format
+    gradient = gradient / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
+    if basis is None:
+        svd = svd if svd != "auto" else "exact" if min(gradient.shape) <= 1024 else "randomized"
+        basis = largest_directions(gradient, count, svd, None, 4, generator)
+        gradient = basis.T @ gradient  # (count, in)
+    u, s, vt = torch.linalg.svd(gradient, full_matrices=False)
+    return fix_signs((basis @ u)[:, :count]), s[:count], fix_signs(vt[:count].T)

@@ -13,7 +13,7 @@ gradient is added in closed form when the gradients of a step are final (after c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from rankwise.errors import RecipeError, TrainingError
 from rankwise.schedules.allocator import Allocator
 from rankwise.schedules.base import Running, Schedule
 from rankwise.updates.base import Site
+
+if TYPE_CHECKING:
+    from rankwise.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,10 @@ class AdaLoraBudget(Schedule):
 
     def decay(self, role: str) -> float:
         return 0.0 if role in ("down", "up") else 1.0  # decay pulls P and Q away from orthonormal
+
+    def state_bytes(self, recipe: "Recipe", sites: Sequence[Site]) -> int:
+        slots = [(slot, max(4, site.element)) for site in sites for slot in recipe.update.slots(site).values()]
+        return sum(2 * element * slot.numel for slot, element in slots if slot.trains(recipe.frozen_roles))  # both averages
 
     def phases(self, total_steps: int | None) -> Phases:
         """The numbers of a run of so many steps.

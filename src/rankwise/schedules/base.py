@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from rankwise.recipe import Recipe
     from rankwise.updates import Site
 
 Event = Literal["calibrated", "backward", "step", "epoch", "task"]
@@ -104,6 +105,10 @@ class Schedule(ABC):
     def decay(self, role: str) -> float:
         """What the weight decay of a role is multiplied by, beside what the gradient rule says."""
         return 1.0
+
+    def state_bytes(self, recipe: "Recipe", sites: "Sequence[Site]") -> int:
+        """Bytes that a run of this schedule keeps beside the optimizer's moments, for the forecast of memory."""
+        return 0
 
     @abstractmethod
     def begin(self, model: nn.Module) -> Running | None:

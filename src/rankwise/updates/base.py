@@ -127,6 +127,10 @@ class UpdateChoice(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     #: whether alpha / rank applies
     scaled: ClassVar[bool] = True
+    #: whether the scaling is 1 where no alpha is given, instead of that of alpha = 2 rank
+    unit_scaling: ClassVar[bool] = False
+    #: whether it can take the frames of an init that gives directions without sizes (`Init.gives_frames`)
+    takes_frames: ClassVar[bool] = False
     #: whether a rank larger than a side is redundant, so refused
     rank_bounded: ClassVar[bool] = True
     #: whether sites of one group share `down` (and so `down @ x`)
@@ -135,6 +139,16 @@ class UpdateChoice(ABC):
     experts: int = 1
     #: whether the core is the same for all tokens
     constant_core: ClassVar[bool] = True
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the update's own start is not zero and must be subtracted."""
+        return False
+
+    @property
+    def start_size(self) -> float:
+        """Spectral norm of an own start that is not zero and is not subtracted; 0 where the start is the base exactly."""
+        return 0.0
 
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
