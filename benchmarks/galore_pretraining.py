@@ -1,9 +1,10 @@
 """Pretraining the demo base's architecture from random weights: GaLore against AdamW on the same batches, step by step in turns.
 
-    python -m benchmarks.galore_pretraining --steps 240
+    python -m benchmarks.galore_pretraining --steps 240 --batch 4 --arms adamw:3e-3 adamw:6e-3 galore:1e-2
 
 Both train everything: AdamW all parameters in full, GaLore the linear layers in a subspace of their gradients and the rest (embeddings,
-norms) in full, as in the paper. Equal tokens, equal warmup and decay; each with its own learning rate. Perplexity is that of held-out text;
+norms) in full, as in the paper. Equal tokens, equal warmup and decay; each with its own learning rate, which for what
+GaLore trains in full is --full-lr. Perplexity is that of held-out text;
 bytes are those of the tensors that the optimizers hold at the end.
 """
 
@@ -54,16 +55,17 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 class Arm:
     """One contender: a model, its optimizer, and what it has cost so far."""
 
-    def __init__(self, name: str, lr: float, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        kind, _, rate = name.partition(":")
+        lr = float(rate)
         self.name, self.lr, self.seconds, self.losses = name, lr, 0.0, []
         self.model: Any = load_model("demo", "text", seed=options.seed, from_scratch=True).model.train()
-        if name == "galore":
+        if kind == "galore":
             recipe = rw.recipes.galore(rank=options.rank, update_interval=options.interval, original="drop", seed=options.seed)
             rw.adapt(self.model, recipe.replace(modules_to_save=tuple(rest_of(self.model, recipe))))
             self.optimizer = rw.optimizer(self.model, lr=lr, eps=1e-8)
-            # the scale is for the projected weights; what trains in full gets the rate that AdamW has
             for group in self.optimizer.param_groups:
-                group["lr"] = options.adamw_lr if group["role"] == "other" else lr
+                group["lr"] = options.full_lr if group["role"] == "other" else lr
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, eps=1e-8, fused=True)
 
@@ -98,10 +100,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=48)
     parser.add_argument("--interval", type=int, default=50)
-    parser.add_argument("--adamw-lr", type=float, default=3e-3)
-    parser.add_argument("--galore-lr", type=float, default=1e-2)
+    parser.add_argument("--full-lr", type=float, default=3e-3)
     parser.add_argument("--held-out", type=int, default=96, help="blocks of held-out text")
-    parser.add_argument("--arms", nargs="+", default=["adamw", "galore"])
+    parser.add_argument("--arms", nargs="+", default=["adamw:3e-3", "adamw:6e-3", "galore:1e-2"], help="kind:learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -111,7 +112,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder(), local_files_only=True)
     rows = blocks(DATA / "sections-train.jsonl", tokenizer, options.length, options.seed)
     held = blocks(DATA / "sections-test.jsonl", tokenizer, options.length, None)[: options.held_out]
-    arms = [Arm(name, options.galore_lr if name == "galore" else options.adamw_lr, options) for name in options.arms]
+    arms = [Arm(name, options) for name in options.arms]
     before = {arm.name: perplexity(arm.model, held) for arm in arms}
     warmup = max(1, options.steps // 10)
 

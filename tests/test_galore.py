@@ -342,6 +342,50 @@ def test_a_gradient_that_is_no_number_leaves_the_frame_alone(shape: tuple[int, i
     assert bool(torch.isfinite(factor(case.module).grad).all())  # type: ignore[arg-type]
 
 
+@pytest.mark.check("galore", 11)
+def test_moments_in_8_bits_take_the_bytes_of_the_formula_and_resume_bit_for_bit() -> None:
+    """An option of every recipe (`states`), not of this method: the optimizer steps on D as on any tensor."""
+
+    def begun(states: str) -> tuple[Any, Any]:
+        model = rw.adapt(llama(hidden_size=64, intermediate_size=160, num_hidden_layers=1), recipe(rank=32, states=states))
+        return model, rw.optimizer(model, lr=2e-3)
+
+    model, optimizer = begun("8bit")
+    steps(model, optimizer, 0, 4)
+    held = 0
+    for module in adapted_sites(model).values():
+        state = optimizer.state[factor(module)]
+        mine = sum(value.numel() * value.element_size() for key, value in state.items() if key.startswith("exp_avg"))
+        update: Any = module.update
+        assert update.frame.numel() * 4 + mine == state_bytes(module.out_features, module.in_features, 32, update.side, "8bit")
+        held += mine
+    assert held == model.rankwise.plan.memory["AdamW moments"]
+    # two of seven tensors have fewer than 4096 elements, and stay in fp32
+    assert held < 0.5 * rw.plan(llama(hidden_size=64, intermediate_size=160, num_hidden_layers=1), recipe(rank=32)).memory["AdamW moments"]
+
+    whole, other = begun("fp32")
+    steps(whole, other, 0, 4)
+    start = trained_weights(begun("fp32")[0])
+    for mine, full, was in zip(trained_weights(model), trained_weights(whole), start, strict=True):
+        assert (mine - full).norm() < 0.1 * (full - was).norm()
+
+    again, resumed = begun("8bit")
+    resumed.rankwise_session.restore(optimizer.rankwise_session.state())
+    load_trainable_state(again, trainable_state(model))
+    resumed.rankwise_session.restore_tensors(optimizer.rankwise_session.tensors())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, stepping in ((model, optimizer), (again, resumed)):
+        steps(each, stepping, 4, 7)
+    for mine, theirs in zip(trained_weights(model), trained_weights(again), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_moments_in_blocks_cannot_be_rotated() -> None:
+    model = rw.adapt(llama(hidden_size=64, intermediate_size=160, num_hidden_layers=1), recipe(rank=32, states="8bit", rotate=True))
+    with pytest.raises(TrainingError, match="use rotate=False"):
+        steps(model, rw.optimizer(model), 0, 4)
+
+
 # --- the official optimizer ------------------------------------------------------------------------------------------------------------
 
 

@@ -155,7 +155,7 @@ def describe(name: str) -> str:
     alpha = recipe.alpha_of(recipe.rank)
     scaled = f"alpha = {alpha:g}, scaling = {recipe.scaling!r}, " if recipe.update.scaled else ""
     lines.append(f"  and of every recipe: rank = {recipe.rank}, {scaled}dropout = {recipe.dropout:g},")
-    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, frozen, base, and each axis by its name")
+    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, states, frozen, base, and each axis by its name")
     lines += ["", f"Learning rate {recipe.lr:g}; worth searching from {recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}"]
     lines.append(f"Paper: {paper(name)}")
     return "\n".join(lines)

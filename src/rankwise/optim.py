@@ -44,7 +44,7 @@ def optimizer(
     model: nn.Module,
     lr: float | None = None,
     weight_decay: float = 0.0,
-    kind: Callable[..., Optimizer] = torch.optim.AdamW,
+    kind: Callable[..., Optimizer] | None = None,
     total_steps: int | None = None,
     **options: Any,
 ) -> Optimizer:
@@ -54,13 +54,20 @@ def optimizer(
         model: an adapted model.
         lr: learning rate; None takes the recipe's own.
         weight_decay: decoupled decay of every role, before the gradient rule scales it.
-        kind: any optimizer class that takes parameter groups, lr and weight_decay. Roles whose gradients the recipe's rule makes into steps
-            (LoRA-Pro in weight space) move by them; `kind` then serves the others.
+        kind: any optimizer class that takes parameter groups, lr and weight_decay; None is AdamW, its moments held as the recipe's
+            `states` say. Roles whose gradients the recipe's rule makes into steps (LoRA-Pro in weight space) move by them; `kind` then
+            serves the others.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
         **options: passed on to it. Plain AdamW runs fused unless told otherwise.
     """
     recipe = adapted(model).recipe
     lr = recipe.lr if lr is None else lr
+    if kind is None and recipe.states == "8bit":
+        from rankwise.galore import GaLore  # whose groups without a rank are plain AdamW
+
+        kind = GaLore
+        options.setdefault("states", "8bit")
+    kind = torch.optim.AdamW if kind is None else kind
     if kind is torch.optim.AdamW:
         options.setdefault("fused", True)
     groups = groups_of(model, lr, weight_decay)

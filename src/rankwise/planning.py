@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from rankwise.calibration import note as calibration_note
+from rankwise.eightbit import bytes_of
 from rankwise.errors import RecipeError, TargetError
 from rankwise.preparing import dense_bytes, layers_to_hold
 from rankwise.recipe import Recipe
@@ -87,12 +88,14 @@ class Plan:
                 count += 2 * site.out_features
         return count
 
-    @property
-    def _direct_numbers(self) -> int:
-        """Trained numbers whose gradients are steps already, so that the optimizer keeps no moments of them."""
+    def _moment_bytes(self, master: int) -> int:
+        """One moment of everything that the optimizer keeps moments of: not of roles whose gradients are steps already. In 8 bits each
+        module that trains in full counts as one tensor."""
         frozen, direct = self.recipe.frozen_roles, self.recipe.gradient.direct
-        slots = [slot for site in self.sites for slot in self.recipe.update.slots(site).values()]
-        return sum(slot.numel for slot in slots if slot.role in direct and slot.trains(frozen))
+        slots = [slot for site in self.sites for slot in (self.recipe.update.slots(site) | self.recipe.gain.slots(site)).values()]
+        tensors = [slot.numel for slot in slots if slot.trains(frozen) and slot.role not in direct]
+        tensors += [count for _, count in self.trained_modules]
+        return sum(bytes_of(numel, master) if self.recipe.states == "8bit" else master * numel for numel in tensors)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -110,7 +113,7 @@ class Plan:
             **({"original weights (on the CPU)": original} if original else {}),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
-            "AdamW moments": 2 * master * (trained - self._direct_numbers),
+            "AdamW moments": 2 * self._moment_bytes(master),
             **({"state of the method": state} if state else {}),
         }
 

@@ -65,6 +65,7 @@ class Recipe:
         residual into the base.
     frozen: roles that do not train, on top of those that the update itself never trains.
     rank_pattern, alpha_pattern: target pattern -> value for the sites it matches; the last match wins.
+    states: how AdamW's moments are held: 'fp32' (as the adapters are), or '8bit', blockwise codes, for tensors of 4096 elements and more.
     modules_to_save: names of modules that train in full beside the adapters, such as a classification head.
     lr, lr_bracket: the recipe's own learning rate for AdamW and the range worth searching.
     """
@@ -87,6 +88,7 @@ class Recipe:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    states: Literal["fp32", "8bit"] = "fp32"
     seed: int = 0
     lr: float = 2e-4
     lr_bracket: tuple[float, float] = (5e-5, 2e-3)
@@ -469,6 +471,8 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"dropout={recipe.dropout!r} must be at least 0 and below 1")
     if recipe.scaling not in ("lora", "rslora"):
         raise RecipeError(f"scaling={recipe.scaling!r} is unknown; use 'lora' (alpha / rank) or 'rslora' (alpha / sqrt(rank))")
+    if recipe.states not in ("fp32", "8bit"):
+        raise RecipeError(f"states={recipe.states!r} is unknown; use 'fp32' or '8bit'")
     if recipe.base not in ("keep", "fold"):
         raise RecipeError(f"base={recipe.base!r} is unknown; use 'keep' or 'fold'")
     if unknown := recipe.frozen - ROLES:
