@@ -124,6 +124,12 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
         "RANKWISE",
     ),
     "deep-lora with frozen frames": ("gpt2", lambda: rw.recipes.deep_lora(rank=5, variant="compressed", gamma=0, epsilon=0.2), "RANKWISE"),
+    "lora-pro": ("llama", _named("lora-pro"), "LORA"),
+    "lora-pro in weight space": ("llama", lambda: rw.recipes.lora_pro(rank=4, adam_space="weight"), "LORA"),
+    "rosa": ("llama", _named("rosa"), "RANKWISE"),
+    "rosa without a ledger": ("llama", lambda: rw.recipes.rosa(rank=4, ledger=False), "RANKWISE"),
+    "rosa with a master": ("llama", lambda: rw.recipes.rosa(rank=4, master="fp32"), "RANKWISE"),
+    "gpt2 rosa": ("gpt2", _named("rosa"), "RANKWISE"),
     "galore": ("llama", lambda: rw.recipes.galore(rank=4, update_interval=3), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),

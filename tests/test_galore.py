@@ -771,7 +771,7 @@ def test_a_site_that_a_step_does_not_use_is_left_alone() -> None:
         ({"alpha_pattern": {"q_proj": 1.0}}, "one scale for all sites"),
         ({"init": "pissa"}, "use init='own'"),
         ({"gain": "dora"}, "a gain"),
-        ({"storage": "nf4"}, "a storage that quantizes"),
+        ({"storage": "nf4"}, "a quantized storage"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

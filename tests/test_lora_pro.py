@@ -612,10 +612,11 @@ def test_codes_are_the_nearest_levels_of_each_block(signed: bool) -> None:
         for first in range(0, 600, 256):
             part = wanted[first : first + 256]
             scale = part.abs().max()
-            nearest = levels[((part / scale if scale else part)[:, None] - levels).abs().argmin(1)] * scale
-            if not signed:
-                nearest = torch.where(part > 0, torch.maximum(nearest, levels[1] * scale), nearest)
-            torch.testing.assert_close(coded.read(slice(row, row + 1))[0, first : first + 256].double(), nearest, rtol=1e-5, atol=0)
+            found, ratios = coded.read(slice(row, row + 1))[0, first : first + 256].double(), part / scale if scale else part
+            distances = (ratios[:, None] - (levels if signed else levels[1:])).abs().amin(1)
+            distances = torch.where(ratios == 0, 0.0, distances)  # without a sign only zero itself has the code of zero
+            assert ((found / scale if scale else found) - ratios).abs().sub(distances).le(1e-6 * ratios.abs() + 1e-9).all()
+            assert bool((distances > 0).any()) == bool(scale)
     tiny = torch.full((1, 600), 1e-12)
     tiny[0, 0] = 1.0
     coded.write(slice(0, 1), tiny)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.calibration import beginnings
-from rankwise.equation import Start
+from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
+from rankwise.folding import replay
 from rankwise.inits import Beginning, site_generator
+from rankwise.ledger import Round
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
@@ -44,6 +46,7 @@ class Stored:
     gain: Mapping[str, Tensor]  # slot name -> what `Gain.saved` gave
     start: Start | None = None  # of a recipe whose init moves the base
     weight: Tensor | None = None  # the base weight as a schedule has written it
+    ledger: list[Round] | None = None  # or the rounds that lead to it from the original weight
 
 
 def adapted(model: nn.Module) -> Adapted:
@@ -190,8 +193,13 @@ def _adapter(
                 # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
                 offset = Offset(factors.down, replace(factors, scaling=1.0).effective_up())
     folded = offset is not None and recipe.base == "fold"
+    master = _master(storage.read(layer)) if rewrites and recipe.schedule.master == "fp32" else None
     if stored is not None and stored.weight is not None:
         storage.write(layer, stored.weight)
+        if master is not None and folded and offset is not None:  # the file has no more digits; a resumed run puts its own master here
+            master.copy_(moved(layer, offset, site.scaling, 1.0))
+    elif stored is not None and stored.ledger is not None:
+        pass  # replayed below
     elif folded and offset is not None:
         layer = recipe.storage.hold(layer, moved(layer, offset, site.scaling, -1.0), dtype)
     elif late:
@@ -207,16 +215,25 @@ def _adapter(
     member = None if projection is None else projection.member()
     adapter = AdaptedLinear(layer, site, update, gain, offset, recipe.dropout, folded, member)
     adapter.original = untouched
-    adapter.written = stored is not None and stored.weight is not None
+    # a folded start counts too, where the original is there to go back to
+    adapter.written = (stored is not None and stored.weight is not None) or (folded and untouched is not None)
+    adapter.master = master
+    if rewrites and recipe.schedule.ledger:
+        adapter.ledger = [] if stored is None or stored.ledger is None else stored.ledger
+        if stored is not None:
+            replay(adapter)
+            adapter.written = True
     return adapter
+
+
+def _master(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 @torch.no_grad()
 def moved(layer: nn.Module, offset: Offset, scaling: float, sign: float) -> Tensor:
     """W + sign * start, dense (out, in), in fp32 (fp64 for an fp64 base); the layer is not touched."""
-    weight = storage_of(layer).read(layer)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return wide + sign * scaling * (offset.up.to(wide.dtype) @ offset.down.to(wide.dtype))
+    return shifted(storage_of(layer).read(layer), offset.start(), scaling, sign)
 
 
 @torch.no_grad()

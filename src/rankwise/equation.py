@@ -82,6 +82,12 @@ def dense_update(factors: Factors | None, start: Start | None) -> Tensor | None:
     return moved @ factors.down + factors.scaling * start.up @ (factors.down - start.down)
 
 
+def shifted(weight: Tensor, pair: Start, scaling: float, sign: float) -> Tensor:
+    """W + sign * scaling * up @ down, dense (out, in), in fp32 (fp64 for an fp64 weight); the weight is not touched."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide + sign * scaling * (pair.up.to(wide.dtype) @ pair.down.to(wide.dtype))
+
+
 def stacked(factors: Factors, start: Start | None) -> tuple[Tensor, Tensor]:
     """(down, up) of shapes (k, in), (out, k) whose product is the whole update, start subtracted; k is rank or 2 rank."""
     up = factors.effective_up()

@@ -109,6 +109,11 @@ ABOUT: dict[str, About] = {
         "Keeps one frame and two moments of rank * side numbers a site, forms one full gradient at a time and only when a frame is "
         "renewed; the file holds the weights.",
     ),
+    "rosa": About(
+        "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
+        "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
+        "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
+    ),
 }
 
 

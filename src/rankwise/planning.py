@@ -111,6 +111,7 @@ class Plan:
             "base weights": self.base_bytes,
             **({"dequantized weight": self.workspace} if self.workspace else {}),
             **({"original weights (on the CPU)": original} if original else {}),
+            **schedule.held(self.sites),
             "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
             "AdamW moments": 2 * self._moment_bytes(master),
@@ -214,6 +215,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         if rank < asked:
             lowered.setdefault(asked, []).append(f"{name} ({rank})")
         alpha = _last_match(recipe.alpha_pattern, name, recipe.alpha_of(rank))
+        asked, rank = rank, recipe.schedule.bound(rank, min(width_in, width_out))
+        if rank < asked:
+            notes.append(f"{name} takes rank {rank} instead of {asked}: schedule={recipe.schedule.name!r} leaves no more there")
         if recipe.update.rank_bounded and rank > min(width_in, width_out):
             raise RecipeError(
                 f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: the extra factors would be redundant; "
@@ -232,7 +236,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         group = group_of(name) if groups[group_of(name)] > 1 else ""
         size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         has_bias = getattr(module, "bias", None) is not None
-        scaling = recipe.scaling_of(rank, alpha)
+        scaling = recipe.scaling_of(asked, alpha)
         element = placement(module)[1].itemsize
         experts = recipe.update.experts
         sites.append(Site(name, kind, width_in, width_out, rank, scaling, alpha, group, pattern, has_bias, size, element, experts))
@@ -280,7 +284,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 def _rewriting_note(recipe: Recipe) -> str:
     name = recipe.schedule.name
-    said = f"schedule={name!r} writes into the base weights while training, and an adapter file holds them"
+    held = "what it has folded into them" if recipe.schedule.ledger else "them"
+    said = f"schedule={name!r} writes into the base weights while training, and an adapter file holds {held}"
     if recipe.schedule.original == "keep":
         return f"{said}; their originals are kept on the CPU, so disabled() and unadapt() give the base back bit for bit"
     return f"{said}; their originals are dropped (original='drop'), so disabled() and unadapt() are refused once a step was taken"

@@ -412,14 +412,38 @@ LEGALITY: tuple[Forbidden, ...] = (
     Forbidden(
         "a schedule that rewrites the base",
         "a gain",
-        "the gain is measured against a weight that would move under it, and multiplies what is folded; use gain='none'",
-        _both(_rewrites, lambda recipe: recipe.gain.name != "none"),
+        "the gain stands over base and branch, so what the factors learn is not what the weight would have to take up; use gain='none'",
+        lambda recipe: recipe.schedule.rewrites_base and recipe.gain.name != "none",
     ),
     Forbidden(
         "a schedule that rewrites the base",
-        "a storage that quantizes",
-        "codes cannot take an update without rounding it away; use storage='keep'",
-        _both(_rewrites, lambda recipe: recipe.storage.quantizes),
+        "a quantized storage",
+        "every write would round all of the weight to its levels again, and small changes would be lost; use storage='keep'",
+        lambda recipe: recipe.schedule.rewrites_base and recipe.storage.quantizes,
+    ),
+    Forbidden(
+        "a schedule that rewrites the base",
+        "an update whose core depends on the token",
+        "what the factors do differs from token to token, and one weight cannot take that up; use a constant core",
+        _both(_token_core, lambda recipe: recipe.schedule.rewrites_base),
+    ),
+    Forbidden(
+        "schedule=rosa",
+        "base=keep",
+        "what trains is a slice of the weight, which is taken out of it; use base='fold' with an init that moves the base",
+        _both(_is("schedule", "rosa"), lambda recipe: recipe.base == "keep"),
+    ),
+    Forbidden(
+        "schedule=rosa",
+        "an init that needs calibration",
+        "every round makes a start from the weight alone, when the calibration data are gone; use init='rosa', 'pissa' or 'milora-svd'",
+        _both(_is("schedule", "rosa"), lambda recipe: recipe.init.calibration is not None),
+    ),
+    Forbidden(
+        "schedule=rosa",
+        "gradient=lora-plus",
+        "a faster `up` is meant for a start at up = 0, and here both factors start as parts of the weight; use gradient='plain'",
+        _both(_is("schedule", "rosa"), _is("gradient", "lora-plus")),
     ),
     Forbidden(
         "a schedule that rewrites the base",

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from rankwise.errors import RecipeError
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
-from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp
+from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
 from rankwise.recipe import Recipe, _coerce
-from rankwise.schedules import AdaLoraBudget, GaloreFolding
+from rankwise.schedules import AdaLoraBudget, GaloreFolding, Rounds
 from rankwise.storage import NF4
 from rankwise.updates import Deep, Mixer, NoUpdate, Projected, Svd, Vera
 
@@ -78,7 +78,7 @@ def lora_pro(
     bound off the steps (cap).
     """
     rule = LoraPro(adam_space, x, None if paper_exact else cap, ridge, decay, beta1, beta2, eps, states, tile)
-    lr, bracket = (2e-4, (5e-5, 2e-3)) if adam_space == "factor" else (2e-5, (5e-6, 5e-4))
+    lr, bracket = (2e-4, (5e-5, 2e-3)) if adam_space == "factor" else (2e-5, (5e-6, 2e-3))
     return _recipe(fields, name="lora-pro", gradient=rule, lr=lr, lr_bracket=bracket)
 
 
@@ -257,6 +257,28 @@ def galore(
     return _recipe(fields, name="galore", update=Projected(projection), init=Own(), schedule=schedule, lr=5e-4, lr_bracket=(5e-5, 1e-2))
 
 
+def rosa(
+    mode: Literal["subset", "block", "top", "bottom", "proj_left", "proj_right"] = "subset",
+    factorization: Literal["auto", "svd", "gram"] = "auto",
+    balance: Literal["paper", "sqrt"] = "paper",
+    covering: bool = False,
+    rounds: int | None = None,
+    interval: int | None = None,
+    total_steps: int | None = None,
+    ledger: bool = True,
+    master: Literal["none", "fp32"] = "none",
+    original: Literal["keep", "drop"] = "keep",
+    **fields: Any,
+) -> Recipe:
+    """ROSA (Hameed et al. 2024, arXiv 2407.07802): trains a random slice of each weight, folds it back, and draws the next. alpha = rank.
+
+    The steps of the run must be known unless `interval` is given: `rankwise.optimizer(..., total_steps=...)` outside of `rankwise train`.
+    """
+    fields.setdefault("alpha", fields.get("rank", 16))
+    init, schedule = Slice(mode, factorization, balance, covering), Rounds(rounds, interval, total_steps, ledger, master, original)
+    return _recipe(fields, name="rosa", init=init, schedule=schedule, base="fold", lr=5e-5, lr_bracket=(1e-5, 1e-3))
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "lora": lora,
     "rslora": rslora,
@@ -275,5 +297,6 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "propulsion": propulsion,
     "adalora": adalora,
     "deep-lora": deep_lora,
+    "rosa": rosa,
     "galore": galore,
 }

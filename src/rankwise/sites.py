@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from rankwise.equation import Start, dense_update, operate
 from rankwise.errors import TargetError, nearest
 from rankwise.gains import Gain
+from rankwise.ledger import Round
 from rankwise.recipe import Targets
 from rankwise.sharing import SharedMember
 from rankwise.storage import NF4Linear, Storage, storage_of
@@ -85,6 +86,8 @@ class AdaptedLinear(nn.Module):
         self.original: Tensor | None = None  # the base weight on the CPU before a schedule wrote into it; None if it never does
         self.written = False  # whether a schedule has written into the base weight
         self.aside: Tensor | None = None  # the weight that a schedule has written, while the original stands in its place
+        self.master: Tensor | None = None  # the rewritten weight on the CPU in fp32 or wider, for a schedule that folds into that
+        self.ledger: list[Round] | None = None  # what was folded into the base weight, for a schedule that keeps a ledger
         self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
         # in the mode of what it replaces: a new module would otherwise train inside a model that evaluates
         self.training = base_layer.training

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class _Opened:
     checksum: str | None  # of VeRA's pair, where the file says it
     with_projections: bool
     notes: tuple[str, ...]
+    rounds: Mapping[str, int] = field(default_factory=dict)  # site -> rounds in its ledger
 
 
 def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Module:
@@ -152,7 +153,8 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
-    return _Opened(folder, peft_type, recipe, made, tensors, about["pool_checksum"], with_projections, ())
+    rounds = {name: site["rounds"] for name, site in about["sites"].items() if type(site.get("rounds")) is int and site["rounds"] >= 0}
+    return _Opened(folder, peft_type, recipe, made, tensors, about["pool_checksum"], with_projections, (), rounds)
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -240,7 +242,7 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
     """(key -> shape of a complete file, head -> its keys -> those in the file, the shared pool with the file's projections)."""
     expected: dict[str, tuple[int, ...]] = {}
     for site in opened.plan.sites:
-        expected |= shapes(site, opened.recipe, opened.peft_type)
+        expected |= shapes(site, opened.recipe, opened.peft_type, opened.rounds.get(site.name, 0))
     heads: dict[str, dict[str, str]] = {}
     for name, _ in opened.plan.trained_modules:
         state = base.get_submodule(name).state_dict()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise import ledger
 from rankwise.adapting import Adapted, Stored
 from rankwise.checkpoint.naming import peft_patterns, shortest
 from rankwise.checkpoint.peft_fields import ADALORA_DEFAULTS, LORA_DEFAULTS, VERA_DEFAULTS
@@ -53,7 +54,8 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
     heads = [name for name, _ in record.plan.trained_modules]
     wanted = recipe.update.peft_type
     if recipe.schedule.rewrites_base:
-        return NATIVE, f"schedule={recipe.schedule.name!r} trains the base weights themselves, and the file holds them"
+        instead = "; export_lora writes it as a plain LoRA" if recipe.schedule.ledger else ""
+        return NATIVE, f"schedule={recipe.schedule.name!r} trains the base weights themselves, and the file holds that{instead}"
     if wanted is None or recipe.routing.name != "none":
         return NATIVE, f"PEFT has no form of update={recipe.update.name!r} with routing={recipe.routing.name!r}"
     if heads and peft_heads(heads, names) is None:
@@ -85,11 +87,12 @@ def _has_dead_rows(module: AdaptedLinear) -> bool:
 
 
 def collect(module: AdaptedLinear, rewrites: bool = False) -> Stored:
-    """The tensors of one adapted site, by slot; references, not copies. With `rewrites` the base weight too."""
+    """The tensors of one adapted site, by slot; references, not copies. With `rewrites` the ledger too, or the base weight."""
     update = {} if module.update is None else {name: getattr(module.update, name).detach() for name in module.update.slots}
     gain = {} if module.gain is None else module.gain.saved()
     start = None if module.offset is None else module.offset.start()
-    return Stored(update, gain, start, module.base_weight() if rewrites else None)
+    weight = module.base_weight() if rewrites and module.ledger is None else None
+    return Stored(update, gain, start, weight, module.ledger if rewrites else None)
 
 
 def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[str, Tensor]:
@@ -104,11 +107,13 @@ def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[s
         tensors |= {"start_down": start.down, "start_up": start.up}
     if stored.weight is not None:
         tensors[BASE_WEIGHT] = stored.weight
+    if stored.ledger is not None:
+        tensors |= ledger.to_tensors(stored.ledger, site.in_features, site.out_features, site.rank)
     return {f"{PREFIX}{site.name}.{key}": tensor for key, tensor in tensors.items()}
 
 
-def shapes(site: Site, recipe: Recipe, peft_type: str) -> dict[str, tuple[int, ...]]:
-    """Key in the file -> shape, of one site: what a complete file holds."""
+def shapes(site: Site, recipe: Recipe, peft_type: str, rounds: int = 0) -> dict[str, tuple[int, ...]]:
+    """Key in the file -> shape, of one site: what a complete file holds; `rounds` of them stand in its ledger, where it has one."""
     slots = recipe.update.slots(site) | recipe.gain.slots(site)
     found = {slot.key: slot.shape for slot in slots.values()}
     if is_stacked(recipe, peft_type):
@@ -116,7 +121,9 @@ def shapes(site: Site, recipe: Recipe, peft_type: str) -> dict[str, tuple[int, .
         found[slots["up"].key] = (site.out_features, 2 * site.rank)
     elif recipe.moves_base:
         found |= {"start_down": (site.rank, site.in_features), "start_up": (site.out_features, site.rank)}
-    if recipe.schedule.rewrites_base:
+    if recipe.schedule.rewrites_base and recipe.schedule.ledger:
+        found |= ledger.shapes(rounds, site.in_features, site.out_features, site.rank)
+    elif recipe.schedule.rewrites_base:
         found[BASE_WEIGHT] = (site.out_features, site.in_features)
     return {f"{PREFIX}{site.name}.{key}": shape for key, shape in found.items()}
 
@@ -134,8 +141,12 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
         update |= {"down": down[: site.rank], "up": up[:, : site.rank]}
     elif recipe.moves_base:
         start = Start(tensors[f"{PREFIX}{site.name}.start_down"], tensors[f"{PREFIX}{site.name}.start_up"])
-    weight = tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"] if recipe.schedule.rewrites_base else None
-    return Stored(update, gain, start, weight)
+    if not recipe.schedule.rewrites_base:
+        return Stored(update, gain, start)
+    if recipe.schedule.ledger:
+        folded = {key: tensors[f"{PREFIX}{site.name}.{key}"] for key in ledger.shapes(0, 0, 0, 0)}
+        return Stored(update, gain, start, ledger=ledger.from_tensors(folded))
+    return Stored(update, gain, start, tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"])
 
 
 def pool_keys(peft_type: str, buffers: Collection[str]) -> dict[str, str]:

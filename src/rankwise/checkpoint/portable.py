@@ -2,7 +2,8 @@
 
     lora_A = down (k, in),  lora_B = scaling * diag(tail) @ up @ core (out, k);  with a start [A; A0], [B, -B0] and k = 2 rank
 
-Ranks differ from site to site where the method's do (AdaLoRA); a site of rank 0 is left out.
+Ranks differ from site to site where the method's do (AdaLoRA); a site of rank 0 is left out. What a schedule has folded into the base comes
+from its ledger: [A; A_1; ..; A_j], [B, B_1, .., B_j] with the pairs of twice the rank that the j finished rounds have left.
 """
 
 from collections import Counter
@@ -22,26 +23,28 @@ from rankwise.checkpoint.peft_layout import PREFIX, peft_heads, peft_targets, ta
 from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS, _write_json
 from rankwise.equation import stacked
 from rankwise.errors import CheckpointError
+from rankwise.ledger import recompressed
 from rankwise.sites import AdaptedLinear, adapted_sites, trained_modules
 from rankwise.updates import lora_slots
 
 
 @torch.no_grad()
-def export_lora(model: nn.Module, folder: str | Path) -> Path:
+def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False) -> Path:
     """Writes the adapter as a plain LoRA, which PEFT and other software load; it computes what the model computes.
 
     Args:
         model: an adapted model. An update over a folded start is written against the original base.
         folder: where to; made if needed, replaced as a whole. Not a folder that `save` wrote.
+        recompress: write each site with as few ranks as its update has, to rounding; always done where it has more than min(out, in).
 
     Raises:
-        CheckpointError: a gain or a core that depends on the token, which a plain LoRA cannot hold; nothing left to write; modules
-            that PEFT cannot name; a folder that cannot be written.
+        CheckpointError: a gain or a core that depends on the token, which a plain LoRA cannot hold; base weights that were trained
+            without a ledger; nothing left to write; modules that PEFT cannot name; a folder that cannot be written.
     """
     record, names = adapted(model), base_names(model)
     if (Path(folder) / NATIVE_FILE).exists():
         raise CheckpointError(f"{folder} holds an adapter of rankwise; export into a folder of its own")
-    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := _pair(module))[0])}
+    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := _pair(module, recompress))[0])}
     if not pairs:
         raise CheckpointError("every site has rank 0: there is nothing to export")
     heads = [name for name, _ in record.plan.trained_modules]
@@ -79,10 +82,19 @@ def export_lora(model: nn.Module, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _pair(module: AdaptedLinear) -> tuple[Tensor, Tensor]:
-    name = module.site.name
+def _pair(module: AdaptedLinear, recompress: bool) -> tuple[Tensor, Tensor]:
+    name, site = module.site.name, module.site
     if module.gain is not None:
         raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")
     if module.update is None or module.update.token_core is not None:
         raise CheckpointError(f"{name}: the update depends on the token, which a plain LoRA cannot hold")
-    return stacked(module.update.factors(), None if module.offset is None else module.offset.start())
+    if module.written and module.ledger is None:
+        raise CheckpointError(
+            f"the base weight of {name} was trained too, and no ledger says what was folded into it; merge the adapter instead, or train "
+            "with a ledger where the schedule offers one"
+        )
+    down, up = stacked(module.update.factors(), None if module.offset is None else module.offset.start())
+    for finished in module.ledger or []:
+        more_down, more_up = finished.pair(site.scaling)
+        down, up = torch.cat([down, more_down.to(down.device)]), torch.cat([up, more_up.to(up.device)], dim=1)
+    return recompressed(down, up) if (recompress and len(down)) or len(down) > min(site.in_features, site.out_features) else (down, up)

@@ -64,7 +64,7 @@ def save(model: nn.Module, folder: str | Path, save_projection: bool = False) ->
             f"{broken[0]} is not finite, so nothing was saved and {folder} is as it was; go back to an earlier checkpoint"
         )
     config = config_of(model, record.plan, peft_type, names, with_projections)
-    about = _about(record, peft_type, reason, config, checksum(projections) if projections else None)
+    about = _about(model, record, peft_type, reason, config, checksum(projections) if projections else None)
     try:
         with write_folder(folder, keep_others=True) as writing:
             save_file(tensors, writing / WEIGHTS, metadata={"format": "pt"})
@@ -106,7 +106,9 @@ def checksum(projections: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _about(record: Adapted, peft_type: str, reason: str, config: Mapping[str, Any], pool_checksum: str | None) -> dict[str, Any]:
+def _about(
+    model: nn.Module, record: Adapted, peft_type: str, reason: str, config: Mapping[str, Any], pool_checksum: str | None
+) -> dict[str, Any]:
     from rankwise import __version__
 
     recipe = record.recipe
@@ -115,6 +117,7 @@ def _about(record: Adapted, peft_type: str, reason: str, config: Mapping[str, An
         notes.append(f"PEFT refuses this adapter: {reason}")
     if recipe.base == "fold":
         notes.append("the factors and their start stand against the original base; loading folds the start into it again")
+    rounds = {name: {"rounds": len(module.ledger)} for name, module in adapted_sites(model).items() if module.ledger is not None}
     start = None if not recipe.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
     return {
         "format_version": FORMAT_VERSION,
@@ -122,7 +125,7 @@ def _about(record: Adapted, peft_type: str, reason: str, config: Mapping[str, An
         "peft_type": peft_type,
         "recipe": recipe.to_dict(),
         "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint, "held": record.held_fingerprint},
-        "sites": {site.name: {"rank": site.rank, "scaling": site.scaling} for site in record.plan.sites},
+        "sites": {site.name: {"rank": site.rank, "scaling": site.scaling} | rounds.get(site.name, {}) for site in record.plan.sites},
         "modules_to_save": [name for name, _ in record.plan.trained_modules],
         # stacked: the second half of lora_A's rows, and minus the second half of lora_B's columns; separate: under keys of its own
         "start": start,

@@ -20,6 +20,8 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
             found |= {f"{plain_name(name)}.gain.{anchor}": tensor for anchor, tensor in module.gain.anchors().items()}
         if isinstance(module, AdaptedLinear) and rewrites:
             found[f"{plain_name(name)}.base_weight"] = module.storage.live(module.base_layer)
+            if module.master is not None:
+                found[f"{plain_name(name)}.base_master"] = module.master
             for part in ("update", "offset"):  # frozen frames and starts move with the base
                 buffers = [] if getattr(module, part) is None else getattr(module, part).named_buffers()
                 found |= {f"{plain_name(name)}.{part}.{key}": tensor for key, tensor in buffers}

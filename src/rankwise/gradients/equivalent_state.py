@@ -20,7 +20,9 @@ from rankwise.schedules.base import Change, Event, Moment, Running
 if TYPE_CHECKING:
     from rankwise.gradients.lora_pro import LoraPro
 
-TILE_BYTES = 64 * 2**20  # of one tile, where no number of rows is given
+# Of one tile, where no number of rows is given: what fits a CPU's cache, or keeps a GPU busy.
+TILE_BYTES = {"cpu": 2**20}
+TILE_BYTES_ELSEWHERE = 64 * 2**20
 
 _many: Any = torch  # its functions over lists of tensors are not in its stubs
 
@@ -38,20 +40,20 @@ class Equivalent(Running):
         self.pairs = {pair.name: pair for pair in pairs.values()}
         self.moments: dict[str, Moments] = {}
         self.steps: dict[str, int] = {}
-        self.skipped = 0
+        self.skipped = False
         self.bounded: list[Tensor] = []
 
     @torch.no_grad()
     def on(self, event: Event, moment: Moment) -> Change | None:
         if event != "backward":
             return None
-        live = [pair for pair in self.pairs.values() if pair.gradients]
+        live = [pair for pair in self.pairs.values() if pair.gradients and pair.down.shape[0]]  # a schedule may leave rank 0
+        self.bounded, self.skipped = [], False
         if not live:
             return None
         rates = _rates(moment.optimizer)
-        self.bounded = []
         if not _finite(live):
-            self.skipped += 1
+            self.skipped = True
             if self.choice.direct:  # a raw gradient is no step: this one is left out
                 _many._foreach_zero_([gradient for pair in live for gradient in pair.gradients.values()])
             return None
@@ -164,7 +166,8 @@ def stream(
         (s up^T N (rank, in), summed over these rows in the wide type; s N down^T (rows, rank)), None for a frozen factor.
     """
     rows, width = up.shape[0], down.shape[1]
-    tile = max(1, TILE_BYTES // (width * up.element_size())) if tile is None else tile
+    if tile is None:
+        tile = max(1, TILE_BYTES.get(up.device.type, TILE_BYTES_ELSEWHERE) // (width * up.element_size()))
     left, right = equivalent(up, down, h_up, h_down, scaling)
     moments.begin(left, right, betas)
     g_down = None if h_down is None else torch.zeros(down.shape, dtype=wide(down.device), device=down.device)
@@ -200,8 +203,7 @@ def _alike(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
     groups: dict[tuple[Any, ...], list[Pair]] = {}
     for pair in pairs:
         up = pair.up
-        if pair.down.shape[0]:
-            groups.setdefault((up.shape[1], up.device, up.dtype, pair.trained), []).append(pair)
+        groups.setdefault((up.shape[1], up.device, up.dtype, pair.trained), []).append(pair)
     yield from groups.values()
 
 

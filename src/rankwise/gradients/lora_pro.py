@@ -41,7 +41,7 @@ class LoraPro(GradientRule):
         1 - lr * weight_decay (but for the square of half of that); 'none' leaves both alone. The base never decays.
     beta1, beta2, eps: of Adam in weight space. states: how its moments are held: 'fp32' (fp64 on an fp64 base); '8bit', blockwise codes;
         'factored', codes of the first and the row and column means of the second.
-    tile: rows of the weight that are worked on at once in weight space; None for 64 MiB of them.
+    tile: rows of the weight that are worked on at once in weight space; None for 1 MiB of them on a CPU, 64 MiB elsewhere.
     """
 
     name: ClassVar[str] = "lora-pro"

@@ -7,13 +7,15 @@ from rankwise.inits.lora_ga import LoraGa
 from rankwise.inits.olora import OLora
 from rankwise.inits.own import Own
 from rankwise.inits.random import Gaussian, Kaiming, Orthonormal, RandomUp
+from rankwise.inits.rosa import Slice
 from rankwise.inits.spectral import MinorComponents, Pissa
 
 INITS: dict[str, type[Init]] = {
-    init.name: init for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa, Corda, DeepFrames)
+    init.name: init
+    for init in (Kaiming, Gaussian, Orthonormal, RandomUp, Own, Pissa, MinorComponents, OLora, LoraGa, Corda, DeepFrames, Slice)
 }
 
 __all__ = [
     "INITS", "Beginning", "Calibration", "Corda", "DeepFrames", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora",
-    "Orthonormal", "Own", "Pissa", "RandomUp", "Statistics", "site_generator",
+    "Orthonormal", "Own", "Pissa", "RandomUp", "Slice", "Statistics", "site_generator",
 ]  # fmt: skip

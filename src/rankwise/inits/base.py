@@ -86,6 +86,17 @@ class Init(ABC):
             generator: a CPU generator of the site's own, seeded from the run's seed and the site's name.
         """
 
+    def again(self, site: Site, weight: Tensor, seed: int, number: int) -> Beginning:
+        """The pair of a later round, for schedules that fold what was trained into the weight and begin anew.
+
+        Args:
+            site: shapes, rank and scaling.
+            weight: the weight as trained so far, dense (out, in).
+            seed: of the run.
+            number: of the round, counted from 0 for the start; each has a random stream of its own.
+        """
+        return self.begin(site, weight, None, site_generator(seed, site.name, f"round {number}"))
+
 
 def site_generator(seed: int, name: str, purpose: str = "init") -> torch.Generator:
     """A CPU generator that depends on the seed and the site's name only: not on order, device or the global state."""

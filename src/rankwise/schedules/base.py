@@ -93,6 +93,18 @@ class Schedule(ABC):
     #: for a schedule that rewrites the base: 'keep' a copy of the original weights on the CPU, so that `disabled` and `unadapt` give the
     #: base back bit for bit, or 'drop' them, where there is nothing to go back to
     original: Literal["keep", "drop"] = "keep"
+    #: for one that rewrites the base in rounds (`folding.renew`): 'fp32' sums the weight up in an fp32 copy on the CPU
+    master: Literal["none", "fp32"] = "none"
+    #: and whether what was folded is kept as low-rank pairs, so that files hold these instead of base weights
+    ledger: bool = False
+
+    def bound(self, rank: int, side: int) -> int:
+        """The rank that a site with this smaller side can have under this schedule, at most `rank`; `plan` lowers it."""
+        return rank
+
+    def held(self, sites: "Sequence[Site]") -> dict[str, int]:
+        """Label -> bytes of what the schedule keeps beside the adapters, for a plan's forecast."""
+        return {}
 
     def check(self, sites: "Sequence[Site]") -> None:
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""
