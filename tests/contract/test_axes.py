@@ -25,6 +25,9 @@ TARGETS = ["q_proj", "k_proj", "down_proj"]  # a group of two, and the wide inpu
 # alpha / rank = 2.5 is no power of two, so that a start that cancels only by luck shows
 FIELDS: dict[str, Any] = {"rank": 4, "alpha": 10.0, "targets": TARGETS, "lr": 5e-3}
 
+# an update that makes no sense without its schedule is tried with it
+SCHEDULE_OF = {"galore": "galore"}
+
 COMBINATIONS = list(itertools.product(UPDATES, GAINS, INITS, GRADIENTS, ("keep", "fold"), ((), ("down",))))
 
 
@@ -40,7 +43,8 @@ def refusal(fields: dict[str, Any]) -> RecipeError | None:
 
 
 def fields_of(update: str, gain: str, init: str, gradient: str, base: str, frozen: tuple[str, ...]) -> dict[str, Any]:
-    return FIELDS | {"update": update, "gain": gain, "init": init, "gradient": gradient, "base": base, "frozen": frozenset(frozen)}
+    fields = {"update": update, "gain": gain, "init": init, "gradient": gradient, "base": base, "frozen": frozenset(frozen)}
+    return FIELDS | fields | {"schedule": SCHEDULE_OF.get(update, "none")}
 
 
 # ten tokens, for inits that ask: other inits do not read them
@@ -154,7 +158,7 @@ def test_every_legal_combination_fulfils_the_contract(combination: tuple[Any, ..
 
 
 # every legal update, gain and init over a base in 4 bits; rules for steps and frozen roles do not see how the weight is held
-QUANTIZED = [combination for combination in LEGAL if combination[3:] == ("plain", "keep", ())]
+QUANTIZED = [combination for combination in LEGAL if combination[3:] == ("plain", "keep", ()) and combination[0] not in SCHEDULE_OF]
 
 
 @pytest.mark.parametrize("combination", QUANTIZED, ids=label)
@@ -198,7 +202,8 @@ def test_every_value_of_every_axis_is_in_a_legal_combination(update: str) -> Non
     assert {combination[4] for combination in LEGAL} == {"keep", "fold"}
     assert {combination[5] for combination in LEGAL} == {(), ("down",)}
     assert set(STORAGES) == {"keep", "nf4"}
-    assert {combination[0] for combination in QUANTIZED} == set(UPDATES)
+    # what rewrites its base cannot have one in 4 bits
+    assert {combination[0] for combination in QUANTIZED} == set(UPDATES) - set(SCHEDULE_OF)
     assert {combination[1] for combination in QUANTIZED} == set(GAINS)
     assert {combination[2] for combination in QUANTIZED} == set(INITS)
 
@@ -233,6 +238,8 @@ class Writing(Schedule):
     def begin(self, model: nn.Module) -> None:
         return None
 
+
+GALORE: dict[str, Any] = {"update": "galore", "schedule": "galore", "init": "own"}
 
 # One recipe for each row of the table that breaks this row and no other.
 ROWS: list[dict[str, Any]] = [
@@ -274,6 +281,11 @@ ROWS: list[dict[str, Any]] = [
     {"routing": "milora-mixture", "gain": "dora"},
     {"routing": "milora-mixture", "init": "pissa", "base": "fold"},
     {"routing": "milora-mixture", "schedule": Writing()},
+    GALORE | {"dropout": 0.1},
+    {"schedule": "galore"},
+    GALORE | {"schedule": "none"},
+    GALORE | {"frozen": {"down"}},
+    GALORE | {"gradient": "lora-plus"},
 ]
 
 
