@@ -11,11 +11,12 @@ from tiny_models import dense_weight, llama, logits, perturb, site, token_ids
 from torch import nn
 
 import rankwise as rw
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, TargetError
 from rankwise.gains import GAINS
 from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
 from rankwise.recipe import LEGALITY, Recipe
+from rankwise.schedules import Schedule
 from rankwise.sites import adapted_sites
 from rankwise.storage import STORAGES, NF4Linear
 from rankwise.updates import UPDATES, Site, Slot, UpdateChoice, lora_slots
@@ -48,8 +49,9 @@ def fields_of(update: str, gain: str, init: str, gradient: str, base: str, froze
 
 # ten tokens, for inits that ask: other inits do not read them
 CALIBRATION = [{"input_ids": token_ids(rows=2, length=5, seed=9), "labels": token_ids(rows=2, length=5, seed=9)}]
-LEGAL = [combination for combination in COMBINATIONS if refusal(fields_of(*combination)) is None]
-ILLEGAL = [combination for combination in COMBINATIONS if refusal(fields_of(*combination)) is not None]
+REFUSALS = {combination: refusal(fields_of(*combination)) for combination in COMBINATIONS}
+LEGAL = [combination for combination, error in REFUSALS.items() if error is None]
+ILLEGAL = [combination for combination, error in REFUSALS.items() if error is not None]
 
 
 def label(combination: tuple[Any, ...]) -> str:
@@ -114,6 +116,11 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     with rw.disabled(model):
         assert same_as_base(logits(model, ids))
     assert torch.equal(logits(model, ids), adapted)
+    if not recipe.update.constant_core:  # no dense weight equals it: said, and nothing is touched
+        with pytest.raises(TargetError, match="cannot be merged: its update depends on the token"):
+            rw.merge(model)
+        assert torch.equal(logits(model, ids), adapted)
+        return taken_off(model, parameters, same_as_base, kept, ids)
     # merge and back
     dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
     rw.merge(model)
@@ -124,6 +131,11 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
         assert same_as_base(logits(model, ids))
     rw.unmerge(model)
     assert torch.equal(logits(model, ids), adapted)
+    return taken_off(model, parameters, same_as_base, kept, ids)
+
+
+def taken_off(model: Any, parameters: dict[str, torch.Tensor], same_as_base: Any, kept: bool, ids: torch.Tensor) -> Any:
+    """The adapters taken off: every weight is as it was."""
     rw.unadapt(model)
     assert not adapted_sites(model)
     after = weights(model)
@@ -200,7 +212,7 @@ def test_every_illegal_combination_is_refused_with_the_reason_of_a_row() -> None
     reasons = [f"{row.first} cannot be combined with {row.second}: {row.reason}" for row in LEGALITY]
     assert ILLEGAL
     for combination in ILLEGAL:
-        assert str(refusal(fields_of(*combination))) in reasons, label(combination)
+        assert str(REFUSALS[combination]) in reasons, label(combination)
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,17 @@ class Routed(UpdateChoice):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         return lora_slots(site)
+
+
+@dataclass(frozen=True)
+class Writing(Schedule):
+    """Stands for a schedule that rewrites the base and needs no folded start."""
+
+    name: ClassVar[str] = "writing"
+    rewrites_base: ClassVar[bool] = True
+
+    def begin(self, model: nn.Module) -> None:
+        return None
 
 
 GALORE: dict[str, Any] = {"update": "galore", "schedule": "galore", "init": "own"}
@@ -250,6 +273,14 @@ ROWS: list[dict[str, Any]] = [
     {"schedule": "rosa", "init": "rosa"},
     {"schedule": "rosa", "init": "corda", "base": "fold"},
     {"schedule": "rosa", "init": "rosa", "base": "fold", "gradient": "lora-plus"},
+    {"schedule": "lora-drop", "update": "vera", "init": "own"},
+    {"schedule": "lora-drop", "update": Routed()},
+    {"update": "am-lora", "init": "pissa", "base": "fold"},
+    {"schedule": "task-growth"},
+    {"update": "loramoe", "init": "pissa", "base": "fold"},
+    {"routing": "milora-mixture", "gain": "dora"},
+    {"routing": "milora-mixture", "init": "pissa", "base": "fold"},
+    {"routing": "milora-mixture", "schedule": Writing()},
     GALORE | {"dropout": 0.1},
     {"schedule": "galore"},
     GALORE | {"schedule": "none"},

@@ -67,7 +67,7 @@ class GaloreFolding(Schedule):
     def decay(self, role: str) -> float:
         return 0.0 if role in ("down", "up") else 1.0  # the whole weight decays, when it is folded; D is zero anyway
 
-    def notes(self, sites: Sequence[Site]) -> list[str]:
+    def note(self, sites: Sequence[Site]) -> str:
         wide = [site for site in sites if 2 * site.rank > min(site.in_features, site.out_features)]
         notes = []
         if wide:
@@ -77,7 +77,7 @@ class GaloreFolding(Schedule):
             )
         if biased := [site for site in sites if site.has_bias]:
             notes.append(f"the biases of {len(biased)} adapted layers, such as {biased[0].name}, do not train")
-        return notes
+        return "; ".join(notes)
 
     def due(self, step: int, index: int, count: int) -> bool:
         """Whether the frame of site number `index` of `count` is renewed with the gradient of step number `step`, counted from 0."""
