@@ -1,6 +1,6 @@
 """Pretraining the demo base's architecture from random weights: GaLore against AdamW on the same batches, step by step in turns.
 
-    python -m benchmarks.galore_pretraining --steps 240 --batch 4 --arms adamw:3e-3 adamw:6e-3 galore:1e-2
+    python -m benchmarks.galore_pretraining --steps 240 --batch 4 --held-out 48 --arms adamw:1e-3 adamw:3e-3 galore:1e-2
 
 Both train everything: AdamW all parameters in full, GaLore the linear layers in a subspace of their gradients and the rest (embeddings,
 norms) in full, as in the paper. Equal tokens, equal warmup and decay; each with its own learning rate, which for what
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=50)
     parser.add_argument("--full-lr", type=float, default=3e-3)
     parser.add_argument("--held-out", type=int, default=96, help="blocks of held-out text")
-    parser.add_argument("--arms", nargs="+", default=["adamw:3e-3", "adamw:6e-3", "galore:1e-2"], help="kind:learning rate")
+    parser.add_argument("--arms", nargs="+", default=["adamw:1e-3", "adamw:3e-3", "galore:1e-2"], help="kind:learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()

@@ -936,6 +936,9 @@ def test_modules_in_full_have_no_second_copy_where_originals_are_dropped() -> No
         torch.testing.assert_close(logits(model, ids), start, rtol=2e-2, atol=2e-2)
         shared = model.lm_head.trained is model.lm_head.base_layer
         assert shared is (original == "drop")
+        numbers = sum(site.rank * (site.in_features + site.out_features) for site in model.rankwise.plan.sites)
+        full = 67 * 32 + 32  # fp32 masters: beside the bf16 ones, or in their place
+        assert model.rankwise.plan.memory["adapters"] == 4 * numbers + (2 if shared else 4) * full
         assert model.lm_head.trained.weight.dtype == torch.float32
         assert logits(model, ids).dtype == torch.bfloat16
         steps(model, rw.optimizer(model, lr=1e-2), 0, 2)

@@ -117,13 +117,15 @@ class Plan:
         state = sum(axis.state_bytes(self.recipe, self.sites) for axis in (self.recipe.gradient, self.recipe.schedule))
         schedule = self.recipe.schedule
         kept = schedule.rewrites_base and schedule.original == "keep"
+        # a module that trains in full is the base's own where originals are dropped: only what its numbers grow by is new
+        held = element * (trained - self.adapter_parameters) if schedule.rewrites_base and not kept else 0
         original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
         return {
             "base weights": self.base_bytes,
             **({"dequantized weight": self.workspace} if self.workspace else {}),
             **({"original weights (on the CPU)": original} if original else {}),
             **schedule.held(self.sites),
-            "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
+            "adapters": master * (trained + self._frozen_own_numbers) - held + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
             "AdamW moments": 2 * self._moment_bytes(master),
             **({"state of the method": state} if state else {}),
