@@ -14,6 +14,10 @@ _HOME = {
     "Plan": "rankwise.planning",
     "plan": "rankwise.planning",
     "summary": "rankwise.planning",
+    "Importance": "rankwise.importance",
+    "allocate": "rankwise.importance",
+    "measure": "rankwise.importance",
+    "probe": "rankwise.probing",
     "adapt": "rankwise.adapting",
     "disabled": "rankwise.adapting",
     "reference": "rankwise.adapting",
@@ -31,19 +35,23 @@ _HOME = {
 
 __all__ = [
     "GaLore",
+    "Importance",
     "Plan",
     "RankwiseError",
     "Recipe",
     "Targets",
     "__version__",
     "adapt",
+    "allocate",
     "attach",
     "disabled",
     "galore_groups",
     "load",
+    "measure",
     "merge",
     "optimizer",
     "plan",
+    "probe",
     "recipes",
     "reference",
     "save",
@@ -58,8 +66,10 @@ if TYPE_CHECKING:
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
     from rankwise.galore import GaLore, galore_groups
+    from rankwise.importance import Importance, allocate, measure
     from rankwise.optim import attach, optimizer
     from rankwise.planning import Plan, plan, summary
+    from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets
 
 

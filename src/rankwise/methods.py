@@ -103,10 +103,25 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "milora-mixture": About(
+        "Each block has a gate that reads the prompt once and switches on the LoRAs of the few layers that suit it.",
+        "Take it when one adapter should serve many tasks that differ by prompt, and generation must not route each token.",
+        "LoRA at every layer and a small gate a block; generated tokens are not routed, but a prompt must come whole and nothing merges.",
+    ),
+    "loramoe": About(
+        "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
+        "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
+        "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
+    ),
     "rosa": About(
         "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
         "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
         "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
+    ),
+    "lora-drop": About(
+        "A short probe measures what each site's LoRA puts out; sites that matter keep their own, the others of a kind share one.",
+        "Take it when fewer trained and stored numbers are wanted at LoRA's quality, and not every layer needs its own adapter.",
+        "A short training of all adapters on a tenth of the rows first; then LoRA's arithmetic with fewer numbers (drop='remove': less).",
     ),
 }
 

@@ -18,16 +18,17 @@ from rankwise.errors import TrainingError
 from rankwise.gradients import DirectSteps, GradientRule
 from rankwise.resizing import resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
-from rankwise.sites import AdaptedLinear, adapted_sites
+from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
+
+#: decay would pull these to a uniform choice, or to no activation at all
+UNDECAYED = frozenset({"gate", "activation"})
 
 
 def roles_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     """Name of each trained parameter -> (role, parameter). What belongs to no adapter (a head, a bias) has the role 'other'."""
     by_id: dict[int, str] = {}
-    for module in adapted_sites(model).values():
-        for part in (module.update, module.gain):
-            if part is not None:
-                by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
+    for part in parts_of(model):
+        by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
     return {name: (by_id.get(id(p), "other"), p) for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -46,6 +47,7 @@ def optimizer(
     weight_decay: float = 0.0,
     kind: Callable[..., Optimizer] = torch.optim.AdamW,
     total_steps: int | None = None,
+    validation: Any = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer over what trains, grouped by role, that fires rankwise's events.
@@ -57,6 +59,8 @@ def optimizer(
         kind: any optimizer class that takes parameter groups, lr and weight_decay. Roles whose gradients the recipe's rule makes into steps
             (LoRA-Pro in weight space) move by them; `kind` then serves the others.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
+        validation: batches of rows that are not trained on, for routings that learn from them too; anything that can be read again and
+            again in the same order, such as a list.
         **options: passed on to it. Plain AdamW runs fused unless told otherwise.
     """
     recipe = adapted(model).recipe
@@ -68,10 +72,10 @@ def optimizer(
         made: Optimizer = DirectSteps(groups, kind, recipe.gradient.direct, lr, weight_decay, **options)
     else:
         made = kind(groups, lr=lr, weight_decay=weight_decay, **options)
-    return attach(model, made, total_steps)
+    return attach(model, made, total_steps, validation)
 
 
-def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Optimizer:
+def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, validation: Any = None) -> Optimizer:
     """Gives an optimizer rankwise's hooks: regroups its parameters by role, and fires `backward` before and `step` after each step.
 
     Raises:
@@ -90,7 +94,7 @@ def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = Non
     if missing:
         raise TrainingError(f"the optimizer does not hold {len(missing)} parameters that train, such as {missing[0]}; make it after adapt")
     _regroup(optimizer, roles)
-    Session(model, optimizer, total_steps)
+    Session(model, optimizer, total_steps, validation)
     return optimizer
 
 
@@ -112,17 +116,19 @@ _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDi
 class Session:
     """The hooks of one optimizer over one adapted model. Holds no closures on parameters that could be copied with the model."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, validation: Any = None) -> None:
         record = adapted(model)
         self.model, self.optimizer = weakref.ref(model), weakref.ref(optimizer)
         self.rule: GradientRule = record.recipe.gradient
         self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
+        begun["routing"] = record.recipe.routing.begin(model, validation)
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
         for running in self.running.values():
             running.expect(total_steps)
         self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
+        self.attached: dict[str, float] = {}
         self._before: list[tuple[dict[str, Any], Any, Any]] = []
         self.handles: list[Any] = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
         self._transform(model)
@@ -134,11 +140,12 @@ class Session:
             handle.remove()
         transforms = []
         for module in adapted_sites(model).values():
-            if module.update is not None:
-                for name, role in module.update.roles.items():
+            update = module.own_update  # the gradient of a shared tensor is transformed once, when it is the sum over its sites
+            if update is not None:
+                for name, role in update.roles.items():
                     transform = self.rule.transform(module, role)
                     if transform is not None:
-                        transforms.append(getattr(module.update, name).register_hook(transform))
+                        transforms.append(getattr(update, name).register_hook(transform))
         _TRANSFORMS[model] = transforms
         self.handles.extend(transforms)
 
@@ -174,8 +181,9 @@ class Session:
             running.restore({key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
 
     def report(self) -> dict[str, float]:
-        """What rule and schedule say of the step that just ended."""
-        return {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+        """What rule and schedule say of the step that just ended, and the losses that were attached to its forwards."""
+        said = {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+        return said | {f"routing_{name}": value for name, value in self.attached.items()}
 
     def fire(self, event: Event, optimizer: Optimizer) -> None:
         """Calls the gradient rule and the schedule, and brings the optimizer in line with what they changed."""
@@ -204,7 +212,8 @@ class Session:
             role = group.get("role", "other")
             if (rate := self.rule.rate(role)) != 1.0:
                 group["lr"] = lr * rate
-            if decay and (factor := self.rule.decay(role) * self.schedule.decay(role)) != 1.0:
+            factor = 0.0 if role in UNDECAYED else self.rule.decay(role) * self.schedule.decay(role)
+            if decay and factor != 1.0:
                 group["weight_decay"] = decay * factor
 
     def _post(self, optimizer: Optimizer, *_: Any) -> None:
@@ -214,6 +223,8 @@ class Session:
                 group["weight_decay"] = decay
         self._before = []
         self.steps += 1
+        if (model := self.model()) is not None:
+            self.attached = adapted(model).meter.take()
         self.fire("step", optimizer)
 
     def _note_gradients(self) -> None:
@@ -250,12 +261,12 @@ def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _trains(module: AdaptedLinear) -> bool:
-    """Whether a site has anything to train; a schedule may have left it with rank 0."""
-    return any(p.requires_grad and p.numel() for p in module.parameters())
+    """Whether a site must get a gradient sooner or later: a schedule may have left it with rank 0, a gate may never choose it."""
+    return module.place is None and any(p.requires_grad and p.numel() for p in module.parameters())
 
 
 def _has_gradient(module: AdaptedLinear) -> bool:
     gradients: Sequence[Tensor | None] = [
-        p.grad for part in (module.update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
+        p.grad for part in (module.own_update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
     ]
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -16,13 +16,15 @@ from rankwise.adapting import build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
 from rankwise.checkpoint.peft_fields import DEFAULTS
-from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, is_stacked, pool_keys, shapes
+from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, gate_keys, is_stacked, pool_keys, shapes
 from rankwise.checkpoint.peft_reader import understand
 from rankwise.checkpoint.peft_tensors import with_starts
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
+from rankwise.importance import Importance
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
+from rankwise.routing import Block
 from rankwise.sites import trained_modules
 from rankwise.updates import UPDATES
 
@@ -70,7 +72,8 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Modu
         _check_tensors(opened, expected)
     recipe, made = opened.recipe, opened.plan
     stored = {site.name: decode(site, recipe, opened.peft_type, opened.tensors) for site in made.sites}
-    model = build(base, recipe, made, stored, pool)
+    gates = {block.name: _gate(block, opened) for block in made.blocks}
+    model = build(base, recipe, made, stored, pool, gates=gates)
     for name, module in trained_modules(model).items():
         module.trained.load_state_dict({key: opened.tensors[full] for key, full in heads[name].items()})
     model.rankwise.notes.extend(opened.notes)  # pyright: ignore
@@ -158,7 +161,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = _with_saved_ranks(plan(base, recipe), about)
+    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about), about, folder / NATIVE_FILE)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -190,6 +193,20 @@ def _with_saved_ranks(made: Plan, about: Mapping[str, Any]) -> Plan:
         return made
     saved = {site.name: about["sites"].get(site.name, {}).get("rank") for site in made.sites}
     return made.resized({site.name: rank for site in made.sites if type(rank := saved[site.name]) is int and 0 <= rank < site.rank})
+
+
+def _with_saved_owners(made: Plan, about: Mapping[str, Any], path: Path) -> Plan:
+    """The plan with the sites that were allocated an update, and whose; any other difference is for `_compare_plan` to refuse."""
+    owners = {site.name: str(owner) for site in made.sites if (owner := about["sites"].get(site.name, {}).get("owner"))}
+    if "importance" not in about:
+        return made.allocated(owners) if owners else made
+    try:
+        importance = Importance.from_dict(about["importance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: importance is broken ({error!r}); copy or save the adapter again") from error
+    measured = {site.site for site in importance.sites}
+    removed = [site.name for site in made.sites if site.name in measured and site.name not in about["sites"]]
+    return made.allocated(owners, removed, importance)
 
 
 def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
@@ -253,6 +270,9 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
     expected: dict[str, tuple[int, ...]] = {}
     for site in opened.plan.sites:
         expected |= shapes(site, opened.recipe, opened.peft_type, opened.rounds.get(site.name, 0))
+    for block in opened.plan.blocks:
+        slots = opened.recipe.routing.slots(block)
+        expected |= {key: slots[name].shape for name, key in gate_keys(block.name, slots).items()}
     heads: dict[str, dict[str, str]] = {}
     for name, _ in opened.plan.trained_modules:
         state = base.get_submodule(name).state_dict()
@@ -274,6 +294,11 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
                 "save_projection=True"
             )
     return expected, heads, pool
+
+
+def _gate(block: Block, opened: _Opened) -> dict[str, Tensor]:
+    """Slot name -> tensor, of the gate of one block."""
+    return {name: opened.tensors[key] for name, key in gate_keys(block.name, opened.recipe.routing.slots(block)).items()}
 
 
 def _check_tensors(opened: _Opened, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -26,6 +26,7 @@ class EncodedClassification:
     source: str
     report: Report
     max_length: int | None = None
+    types: list[int] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -36,13 +37,15 @@ class EncodedClassification:
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        row: dict[str, Any] = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        return row if self.types is None else row | {"sample_types": self.types[index]}
 
     def as_dataset(self) -> Any:
         """The same as a `datasets.Dataset` with the columns input_ids and labels."""
         import datasets
 
-        return datasets.Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
+        columns: dict[str, Any] = {"input_ids": self.input_ids, "labels": self.labels}
+        return datasets.Dataset.from_dict(columns if self.types is None else columns | {"sample_types": self.types})
 
 
 def encode_classification(rows: Rows, tokenizer: Any, max_length: int | None, labels: Sequence[str] | None = None) -> EncodedClassification:

@@ -26,6 +26,7 @@ class DataConfig(_Strict):
     train: str = Field(description="rows to train on")
     eval: str | None = Field(None, description="rows of the same task to evaluate on, before and after")
     general: str | None = Field(None, description="general text: how much is forgotten (causal tasks)")
+    types: str | None = Field(None, description="column that says of which kind a row is, for methods that balance kinds")
 
 
 class TrainConfig(_Strict):
@@ -52,7 +53,7 @@ class Config(_Strict):
 
     model: str = Field(description="a model folder; 'demo' and 'minilm' are models that come with the package and its test extra")
     task: Task = Field("completion", description="completion, chat, text or classification")
-    data: DataConfig = Field(description="a path, or {train, eval, general}")
+    data: DataConfig = Field(description="a path, or {train, eval, general, types}")
     method: dict[str, Any] = Field({"name": "lora"}, description="a recipe's name, or {name, its options, axes such as gain: dora}")
     rank: int | None = Field(None, ge=1, description="inner size of the factors; default: the recipe's own")
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; default: the recipe's own")
@@ -235,7 +236,7 @@ def resolved(config: Config) -> Config:
             return value
         return str(Path(value).expanduser().resolve())
 
-    data = config.data.model_copy(update={key: absolute(getattr(config.data, key)) for key in DataConfig.model_fields})
+    data = config.data.model_copy(update={key: absolute(getattr(config.data, key)) for key in ("train", "eval", "general")})
     train = config.train.model_copy(update={"lr": recipe.lr if config.train.lr is None else config.train.lr})
     return config.model_copy(update={"model": absolute(config.model), "data": data, "train": train, "output": str(Path(config.output))})
 

@@ -14,7 +14,8 @@ from rankwise.errors import ConfigError
 from rankwise.training.config import Config, load_config, resolve, to_yaml
 
 State = Literal["new", "resume", "finished"]
-OWN_FILES = ("config.yaml", "run.json", "plan.txt", "data.json", "metrics.jsonl", "timing.jsonl", "before.json", "results.json")
+IMPORTANCE = "importance.json"  # what a schedule measured before training, and what it made of it
+OWN_FILES = ("config.yaml", "run.json", "plan.txt", "data.json", "metrics.jsonl", "timing.jsonl", "before.json", "results.json", IMPORTANCE)
 OWN_FOLDERS = ("checkpoints", "adapter")
 TRAINER_STATE = "trainer_state.json"
 

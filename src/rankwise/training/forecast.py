@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rankwise.training.config import load_config, resolve
 from rankwise.training.models import head_names, load_config_only, load_tokenizer, model_folder
-from rankwise.training.prepare import Prepared, prepare, source_names
+from rankwise.training.prepare import Prepared, calibration_rows, prepare, source_names
 from rankwise.training.quiet import quiet
 
 CHEAP = 64 * 2**20  # bytes of data that are tokenized in a few seconds
@@ -40,9 +40,10 @@ def forecast(path: str | Path, overrides: Sequence[str] = ()) -> str:
     recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *heads])))
     lines.append(str(rw.plan(model, recipe)))
     train = config.train
-    if recipe.init.calibration is not None:
-        rows = min(recipe.init.calibration.rows, len(data.train)) if data else recipe.init.calibration.rows
+    if data and (rows := len(calibration_rows(config, data, recipe))):
         lines.append(f"Calibration  {rows:,} training rows in {-(-rows // train.batch_size):,} batches, once, before the first step")
+    elif recipe.init.calibration is not None:
+        lines.append(f"Calibration  {recipe.init.calibration.rows:,} training rows, once, before the first step")
     rate = recipe.lr if train.lr is None else train.lr
     batch = f"{train.batch_size} rows" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
     steps = f"{total_steps(config, len(data.train)):,} steps" if data else f"{train.steps or f'{train.epochs:g} epochs'}"

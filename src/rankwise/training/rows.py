@@ -43,6 +43,23 @@ class Rows:
         return f"{self.source}, {self.unit} {self.lines[index]}"
 
 
+def types_of(rows: Rows, column: str) -> list[int]:
+    """The kind of each row, a whole number from a column.
+
+    Raises DataError: a row without the column, or with a value that is no whole number.
+    """
+    found: list[int] = []
+    for index, row in enumerate(rows.rows):
+        value = row.get(column)
+        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+            value = int(value)
+        if not isinstance(value, int):
+            held = f"holds {value!r}" if column in row else f"is missing; the row has {', '.join(map(repr, row))}"
+            raise DataError(f"{rows.place(index)}: the column {column!r} (data.types) {held}; every row needs a whole number there")
+        found.append(int(value))
+    return found
+
+
 def read_rows(source: str | Path, split: str | None = None) -> Rows:
     """The rows of `source`.
 

@@ -4,17 +4,19 @@ import json
 import math
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.report import allocation_text
 from rankwise.training.config import Config, load_config, make_config, resolve, resolved
 from rankwise.training.evaluate import causal_scores, class_scores, scores_table
-from rankwise.training.folder import RunFolder, begin, config_of, identity, look, write_json
+from rankwise.training.folder import IMPORTANCE, RunFolder, begin, config_of, identity, look, write_json
 from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
-from rankwise.training.prepare import Prepared, calibration_batches, prepare, source_names
+from rankwise.training.prepare import Prepared, calibration_batches, calibration_rows, prepare, source_names, strata_of, validation_batches
 from rankwise.training.progress import say
 from rankwise.training.quiet import quiet
 
@@ -79,14 +81,36 @@ def train(
     loaded = adapted_model(config, data, run.checkpoint() if state == "resume" else None, console)
     for note in dict.fromkeys([*notes, *loaded.notes]):
         say(console, f"Note  {note}")
-    plan = str(loaded.model.rankwise.plan)
+    made = loaded.model.rankwise.plan
+    plan = str(made)
     say(console, plan)
+    if allocated := allocation_text(made):
+        say(console, allocated)
     if state == "new":
         begin(run, config, mine, plan, data.report())
+        if made.importance is not None:
+            write_json(run / IMPORTANCE, _importance(config, data, made))
     result = _trained(config, run, data, loaded, console)
     if closing:
         say(console, next_steps(run, config))
     return result
+
+
+def _importance(config: Config, data: Prepared, made: Any) -> dict[str, Any]:
+    """What the allocation was decided from, and what it is: the rows by their numbers, the report, the sites."""
+    drawn = calibration_rows(config, data, made.recipe)
+    owners = {site.name: site.owner for site in made.sites if site.owner}
+    shared, left = set(owners.values()), [site.name for site in made.sites]
+    strata = strata_of(data, made.recipe.schedule.sample.strata)
+    return {
+        "rows": drawn,
+        "strata": dict(Counter(strata[index] for index in drawn)),
+        "scores": made.importance.scores(),
+        "kept": [name for name in left if name not in owners and name not in shared],
+        "owners": owners,
+        "removed": [site.site for site in made.importance.sites if site.site not in left],
+        "report": made.importance.to_dict(),
+    }
 
 
 def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None = None, console: Any = None) -> Loaded:
@@ -94,8 +118,8 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
 
     Args:
         config: the run.
-        data: its rows; some of the training rows are what an init that asks for calibration sees.
-        found: the checkpoint to go on from. A start that was made from weights or data is read from there instead of being made again.
+        data: its rows; some of the training rows are what an init or a schedule sees that asks for data.
+        found: the checkpoint to go on from. What was made from weights or data is read from there instead of being made again.
         console: where to say that calibration runs.
     """
     import rankwise as rw
@@ -104,13 +128,17 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
     loaded = load_model(config.model, config.task, data.labels, dtype, config.seed)
     recipe = resolve(config)
     recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules])))
-    ask = recipe.init.calibration
-    if found is not None and (ask is not None or recipe.init.needs_weight):
+    if recipe.schedule.sample is not None and config.train.lr is not None:
+        recipe = recipe.replace(lr=config.train.lr)  # what a schedule trains beforehand is trained as the run is
+    asks = recipe.init.calibration is not None or recipe.schedule.sample is not None
+    if found is not None and (asks or recipe.init.needs_weight):
         rw.load(loaded.model, found[0] / "adapter")
         return loaded
-    batches = None if ask is None else calibration_batches(config, data, ask.rows)
-    if ask is not None and batches is not None and console is not None:
-        say(console, f"Calibrating on {min(ask.rows, len(data.train)):,} of {len(data.train):,} training rows, {len(batches)} batches")
+    drawn = calibration_rows(config, data, recipe)
+    batches = calibration_batches(config, data, drawn) if asks else None
+    if batches is not None and console is not None:
+        what = "Calibrating" if recipe.schedule.sample is None else "Probing"
+        say(console, f"{what} on {len(drawn):,} of {len(data.train):,} training rows, {len(batches)} batches")
     rw.adapt(loaded.model, recipe, calibration=batches)
     return loaded
 
@@ -142,7 +170,8 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     found = run.checkpoint()
     if found:
         say(console, f"Resuming {run.root} from its checkpoint at step {found[1]} of {steps}")
-    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps)
+    held_out = validation_batches(config, data) if model.rankwise.recipe.routing.wants_validation else None
+    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps, validation=held_out)
     with Progress(console, steps) as progress:
         recorder = Recorder(run, found[1] if found else 0, progress)
         trainer = _trainer(config, run, data, loaded, optimizer, steps)

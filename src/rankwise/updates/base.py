@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise.equation import Factors
 from rankwise.errors import RecipeError
 
-Role = Literal["down", "up", "core", "tail", "gain", "gate", "other"]
+Role = Literal["down", "up", "core", "tail", "gain", "gate", "activation", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,22 @@ class Update(Part, ABC):
     def begin(self, down: Tensor | None, up: Tensor | None, moves: bool, generator: torch.Generator) -> None:
         """Takes the starting pair (rank, in), (out, rank); with `moves`, the product of the factors must equal up @ down."""
 
+    def gates(self, x: Tensor) -> Tensor:
+        """The weight of each expert for each token, (..., experts) from x (..., in); only of updates that have experts.
+
+        Raises:
+            RecipeError: it has none.
+        """
+        raise RecipeError(f"update={self.choice.name!r} has no gates")
+
+    def stand_in(self, gates: Tensor) -> Factors:
+        """Constant factors that do for every token what these gates (experts,) would.
+
+        Raises:
+            RecipeError: the update has no gates.
+        """
+        raise RecipeError(f"update={self.choice.name!r} has no gates that could be held constant")
+
     #: (x, h) -> core . h for cores that depend on the token; None where the core is constant
     token_core: Any = None
 
@@ -149,6 +165,19 @@ class UpdateChoice(ABC):
     def start_size(self) -> float:
         """Spectral norm of an own start that is not zero and is not subtracted; 0 where the start is the base exactly."""
         return 0.0
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether it reads facts of the batch (`rankwise.routing.context`) or attaches losses to the graph."""
+        return False
+
+    def missing_fact(self) -> str:
+        """Why training must know the type of every sample; empty where it need not."""
+        return ""
+
+    def check_types(self, types: Sequence[int]) -> None:
+        """Raises RecipeError where the types of the training rows do not fit."""
+        return
 
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
