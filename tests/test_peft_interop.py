@@ -330,7 +330,6 @@ def test_starts_of_peft_as_saved_and_converted(start: str, tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "lora_bias": (lambda: LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias=True.*merge it with PEFT"),
     "dora embedding": (
         lambda: LoraConfig(target_modules=["embed_tokens"], use_dora=True),
         "use_dora=True at model.embed_tokens, an embedding, .*merge it with PEFT",

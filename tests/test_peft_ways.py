@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rankwise as rw
-from rankwise.errors import CheckpointError
+from rankwise.checkpoint.portable import export_lora
+from rankwise.errors import CheckpointError, TargetError
 from rankwise.sites import adapted_sites
 
 TOLERANCE = 1e-5
@@ -366,16 +367,94 @@ def test_an_embedding_with_dropout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_base_biases(bias: str, tmp_path: Path) -> None:
-    """Nothing to say of a model without biases; refused where one was trained, and only there."""
+    """Nothing to say of a model without biases, nor where none was trained; at the adapted layers they are biases of the updates;
+    elsewhere they are refused."""
     there_and_back(peft_model(LoraConfig(r=4, bias=bias, target_modules=["q_proj"]), base()), "llama", tmp_path / "llama")
-    config = LoraConfig(r=4, bias=bias, target_modules=["query"], task_type="SEQ_CLS")
-    theirs = quietly(lambda: get_peft_model(base("bert"), config))
-    for name, p in theirs.named_parameters():
-        p.requires_grad_(p.requires_grad and not name.endswith("bias"))
-    there_and_back(moved(theirs), "bert", tmp_path / "still")
-    quietly(lambda: peft_model(config, base("bert")).save_pretrained(tmp_path / "trained"))
-    with pytest.raises(CheckpointError, match=rf"bias='{bias}', and bert\..*\.bias was trained, .*train it again"):
-        rw.load(base("bert"), tmp_path / "trained")
+    config = LoraConfig(r=4, lora_alpha=6, bias=bias, target_modules=["query", "value"], task_type="SEQ_CLS")
+
+    def trained(*named: str) -> Any:
+        model = quietly(lambda: get_peft_model(base("bert"), config))
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and ("classifier" in name or not name.endswith("bias") or any(part in name for part in named)))
+        return moved(model)
+
+    assert not there_and_back(trained(), "bert", tmp_path / "still").rankwise.recipe.update.bias
+    ours = there_and_back(trained("query"), "bert", tmp_path / "sites")
+    shifts = {name: float(module.update.shift.detach().abs().max()) for name, module in adapted_sites(ours).items()}
+    assert all((shift > 0) == ("query" in name) for name, shift in shifts.items())
+    if bias == "all":
+        quietly(lambda: trained("LayerNorm").save_pretrained(tmp_path / "norms"))
+        with pytest.raises(CheckpointError, match=r"bias='all', and bert\..*LayerNorm\.bias was trained, .*train it again"):
+            rw.load(base("bert"), tmp_path / "norms")
+
+
+BIASED: dict[str, tuple[str, Callable[[], LoraConfig]]] = {
+    "gpt2": ("gpt2", lambda: LoraConfig(r=4, lora_alpha=6, lora_bias=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "bert": ("bert", lambda: LoraConfig(r=4, use_rslora=True, lora_bias=True, target_modules=["query", "dense"], task_type="SEQ_CLS")),
+    "patterns": ("gpt2", lambda: LoraConfig(r=4, lora_bias=True, target_modules=["c_attn"], rank_pattern={"h.0.attn.c_attn": 2})),
+    "both": ("bert", lambda: LoraConfig(r=4, lora_bias=True, bias="lora_only", target_modules=["query"], task_type="SEQ_CLS")),
+}
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_lora_bias(case: str, tmp_path: Path) -> None:
+    name, config = BIASED[case]
+    ours = there_and_back(peft_model(config(), base(name)), name, tmp_path)
+    assert ours.rankwise.recipe.update.bias
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["lora_bias"]
+    with pytest.raises(CheckpointError, match="adds a trained bias"):
+        export_lora(ours, tmp_path / "plain")
+
+
+def test_lora_bias_where_the_layer_has_none(tmp_path: Path) -> None:
+    """PEFT cannot merge it either."""
+    theirs = peft_model(LoraConfig(r=4, lora_bias=True, target_modules=["q_proj"]), base())
+    quietly(lambda: theirs.save_pretrained(tmp_path))
+    ours = rw.load(base(), tmp_path)
+    before = logits(ours)
+    assert relative(before, logits(theirs)) < TOLERANCE
+    with pytest.raises(TargetError, match=r"q_proj cannot be merged: its update adds a trained bias"):
+        rw.merge(ours)
+    assert torch.equal(logits(ours), before)
+
+
+@pytest.mark.parametrize("gain", ["none", "dora"])
+def test_a_trained_bias_of_ours(gain: str, tmp_path: Path) -> None:
+    """Gradients, merge and the way back are those of the equation; over DoRA, which PEFT takes no bias with, PEFT refuses it."""
+    model: Any = train(rw.adapt(base("gpt2"), rw.recipes.lora(bias=True, rank=4, alpha=12, gain=gain)))
+    module = next(iter(adapted_sites(model).values()))
+    wanted, bias = logits(model), module.base_layer.bias
+    update: Any = module.update
+    added = module.site.scaling * update.shift.detach()
+    assert float(added.abs().max()) > 1e-3
+    x = torch.randn(5, module.site.in_features, generator=torch.Generator().manual_seed(1))
+    update.shift.grad = None
+    y = module(x)
+    y.backward(g := torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(update.shift.grad, module.site.scaling * g.sum(0), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        kept = update.shift.clone()
+        update.shift.zero_()
+        torch.testing.assert_close(y.detach() - module(x), added.expand_as(y), rtol=1e-5, atol=1e-5)
+        update.shift.copy_(kept)
+    rw.merge(model)
+    assert relative(logits(model), wanted) < TOLERANCE
+    torch.testing.assert_close(module.base_layer.bias, bias + added)
+    with rw.disabled(model):
+        assert torch.equal(logits(model), logits(base("gpt2")))
+    assert relative(logits(model), wanted) < TOLERANCE
+    rw.unmerge(model)
+    assert module.base_layer.bias is bias
+    rw.save(model, tmp_path)
+    assert torch.equal(logits(rw.load(base("gpt2"), tmp_path)), logits(model))
+    if gain == "none":
+        assert relative(logits(peft_load(base("gpt2"), tmp_path)), wanted) < TOLERANCE
+    else:
+        with pytest.raises(KeyError, match="RANKWISE"):
+            peft_load(base("gpt2"), tmp_path)
+    merged = rw.merge(rw.load(base("gpt2"), tmp_path), keep_base=False)
+    assert relative(logits(merged), wanted) < TOLERANCE
+    assert torch.equal(logits(rw.unadapt(model)), logits(base("gpt2")))
 
 
 # --- names and folders ------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerpri
 from rankwise.checkpoint.peft_fields import DEFAULTS
 from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, gate_keys, is_stacked, pool_keys, shapes
 from rankwise.checkpoint.peft_reader import understand
-from rankwise.checkpoint.peft_tensors import with_starts
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
 from rankwise.importance import Importance
@@ -256,7 +255,7 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
     made = plan(base, found.recipe).resized(found.ranks)
-    tensors = found.tensors if found.start is None else with_starts(found.tensors, base, made.sites, found.start)
+    tensors = found.complete(base, made.sites)
     with_projections = peft_type == "VERA" and bool(config.get("save_projection", True))
     notes = (f"loaded from a folder of PEFT, {folder}", *found.notes)
     return _Opened(folder, found.peft_type, found.recipe, made, tensors, None, with_projections, notes)

@@ -82,7 +82,7 @@ _TARGETS = frozenset({"target_modules", "layers_to_transform", "layers_pattern",
 READ: dict[str, frozenset[str]] = {
     "LORA": _TARGETS | {
         "exclude_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora",
-        "init_lora_weights", "trainable_token_indices", "bias", "ensure_weight_tying",
+        "init_lora_weights", "lora_bias", "trainable_token_indices", "bias", "ensure_weight_tying",
     },
     "ADALORA": _TARGETS | {
         "exclude_modules", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "lora_alpha",
@@ -114,7 +114,6 @@ STARTS_MADE_AGAIN = ("pissa", "olora")
 MERGE = "merge it with PEFT (merge_and_unload) and use the merged model as the base"
 CONVERT = "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), where it was trained"
 REMEDIES = {
-    "lora_bias": MERGE,
     "target_parameters": f"its adapters stand on parameters that no linear layer holds; {MERGE}",
     "ensure_weight_tying": MERGE,
 }

@@ -1,7 +1,7 @@
 """Folders that PEFT wrote: adapter_config.json to a Recipe, by PEFT's own matching rules. What has no counterpart is refused by name."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,21 @@ from rankwise.checkpoint.peft_fields import (
     UNUSED,
 )
 from rankwise.checkpoint.peft_layout import PREFIX
-from rankwise.checkpoint.peft_tensors import token_modules, with_whole_embeddings, without_base_biases, without_base_copies
+from rankwise.checkpoint.peft_tensors import (
+    token_modules,
+    with_shifts,
+    with_starts,
+    with_whole_embeddings,
+    without_base_biases,
+    without_base_copies,
+)
 from rankwise.errors import CheckpointError
 from rankwise.gains import Dora, NoGain
 from rankwise.inits import Kaiming, OLora, Own, Pissa
 from rankwise.recipe import Recipe, Targets
 from rankwise.schedules import AdaLoraBudget
 from rankwise.sites import find_sites
-from rankwise.updates import LowRank, Svd, Vera
+from rankwise.updates import LowRank, Site, Svd, Vera
 from rankwise.updates.svd import PEFT_EPSILON
 
 _SITE_KEY = re.compile(
@@ -44,8 +51,18 @@ class Foreign:
     recipe: Recipe
     tensors: dict[str, Tensor]  # those that are no longer PEFT's own
     ranks: Mapping[str, int]  # of sites that were pruned
+    biases: Mapping[str, Tensor]  # what training has added to the biases of sites
     start: str | None  # 'pissa' or 'olora', if the pairs are to be completed by the start that PEFT's loader makes again
     notes: tuple[str, ...]
+
+    def complete(self, base: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """The tensors with what is known only beside the plan's sites.
+
+        Raises:
+            CheckpointError: a start that cannot be made again on this base.
+        """
+        tensors = with_shifts(self.tensors, sites, self.biases)
+        return tensors if self.start is None else with_starts(tensors, base, sites, self.start)
 
 
 def understand(config: Mapping[str, Any], base: nn.Module, tensors: Mapping[str, Tensor]) -> Foreign:
@@ -87,14 +104,16 @@ def understand(config: Mapping[str, Any], base: nn.Module, tensors: Mapping[str,
     there, here = fields["base_model_name_or_path"], getattr(getattr(base, "config", None), "_name_or_path", None)
     if there and here and there != here:
         notes.append(f"the adapter was made for {there}, and this base calls itself {here}")
-    recipe, ranks = _RECIPES[kind](fields, sites, common | {"dropout": dropout})
     tensors = with_whole_embeddings(tensors, base, tokens)
+    tensors, biases = without_base_biases(tensors, base, fields["bias"], heads, sites if kind == "LORA" else ())
+    recipe, ranks = _RECIPES[kind](fields, sites, common | {"dropout": dropout})
+    if biases:
+        recipe = recipe.replace(update=LowRank(bias=True))
     start = recipe.init.name if recipe.init.moves_base else None
     tensors = without_base_copies(tensors, base, [*heads, *(sites if start else ())])
-    tensors = without_base_biases(tensors, base, fields["bias"], heads)
     if start:
         notes.append(f"init_lora_weights={start!r}: the start was made again from this base, as PEFT's loader does; what is saved holds it")
-    return Foreign(kind, recipe, tensors, ranks, start, tuple(notes))
+    return Foreign(kind, recipe, tensors, ranks, biases, start, tuple(notes))
 
 
 def _lora(fields: Mapping[str, Any], sites: Collection[str], common: dict[str, Any]) -> tuple[Recipe, dict[str, int]]:
@@ -105,7 +124,7 @@ def _lora(fields: Mapping[str, Any], sites: Collection[str], common: dict[str, A
     start = fields["init_lora_weights"]
     return Recipe(
         name=start if start in STARTS_MADE_AGAIN else "dora" if fields["use_dora"] else "rslora" if fields["use_rslora"] else "lora",
-        update=LowRank(),
+        update=LowRank(bool(fields["lora_bias"])),
         init=Pissa("exact") if start == "pissa" else OLora() if start == "olora" else Kaiming(),
         gain=Dora() if fields["use_dora"] else NoGain(),
         rank=fields["r"],

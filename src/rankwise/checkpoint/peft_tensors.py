@@ -1,11 +1,12 @@
 """What PEFT writes beside the adapters' own tensors, and starts that its loader makes again: into the layout that `peft_layout` decodes.
 
-copies of embeddings     dropped, if they equal the base
-biases (bias='all')      dropped, if they equal the base
-trainable tokens         rows of an embedding: the whole embedding as a module that trains in full, and that of a head tied to it
-PiSSA, OLoRA as saved    lora_A = [A; A0], lora_B = [B, -B0]: PEFT's loader takes scaling * B0 A0 out of the base weight, and the pair
-                         follows from that weight alone. V S U = svd(W): B0 = V_r (S_r / scaling)^(1/2), A0 = (S_r / scaling)^(1/2) U_r;
-                         Q R = qr(W): B0 = Q_r, A0 = R_r (of the weight as it is held, so transposed at a Conv1D)
+They are found by their keys, and nothing is dropped that is not compared with the base:
+    copies of embeddings     dropped, if they equal the base
+    biases (bias='all')      dropped, if they equal the base; of adapted layers else scaling * shift = trained - base, as with lora_bias
+    trainable tokens         rows of an embedding: the whole embedding as a module that trains in full, and that of a head tied to it
+    PiSSA, OLoRA as saved    lora_A = [A; A0], lora_B = [B, -B0]: PEFT's loader takes scaling * B0 A0 out of the base weight, and the pair
+                             follows from that weight alone. V S U = svd(W): B0 = V_r (S_r / scaling)^(1/2), A0 = (S_r / scaling)^(1/2) U_r;
+                             Q R = qr(W): B0 = Q_r, A0 = R_r (of the weight as it is held, so transposed at a Conv1D)
 """
 
 import re
@@ -104,14 +105,18 @@ def without_base_copies(tensors: Mapping[str, Tensor], base: nn.Module, apart: C
     return kept
 
 
-def without_base_biases(tensors: Mapping[str, Tensor], base: nn.Module, bias: str, heads: Collection[str]) -> dict[str, Tensor]:
-    """Drops the biases of the base that PEFT puts into a file with bias='all' or 'lora_only'.
+def without_base_biases(
+    tensors: Mapping[str, Tensor], base: nn.Module, bias: str, heads: Collection[str], sites: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors without the biases of the base that PEFT puts into a file with bias='all' or 'lora_only', and what training has added
+    to those of the sites, by site, where it has.
 
     Raises:
-        CheckpointError: one was trained.
+        CheckpointError: one was trained elsewhere.
     """
+    moved: dict[str, Tensor] = {}
     if bias == "none":
-        return dict(tensors)
+        return dict(tensors), moved
     kept: dict[str, Tensor] = {}
     parameters = dict(base.named_parameters(remove_duplicate=False))
     for key, tensor in tensors.items():
@@ -122,12 +127,27 @@ def without_base_biases(tensors: Mapping[str, Tensor], base: nn.Module, bias: st
         trained = any(name.startswith(head + ".") for head in heads)
         if not name.endswith(".bias") or name not in parameters or (trained and wrapper is None):
             kept[key] = tensor
-        elif not _same(tensor, tensors.get(PREFIX + name) if wrapper == "modules_to_save" else parameters[name]):
+        elif _same(tensor, tensors.get(PREFIX + name) if wrapper == "modules_to_save" else parameters[name]):
+            continue
+        elif (site := name.removesuffix(".bias")) in sites and tensor.shape == parameters[name].shape:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            moved[site] = tensor.to(wide) - parameters[name].detach().to("cpu", wide)
+        else:
             raise CheckpointError(
                 f"adapter_config.json has bias={bias!r}, and {name} was trained, which has no counterpart here: train it again with "
                 f"bias='none', or {MERGE}"
             )
-    return kept
+    return kept, moved
+
+
+def with_shifts(tensors: Mapping[str, Tensor], sites: Collection[Site], moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with what training has added to the sites' biases, under the keys of lora_bias; zero where it has added nothing."""
+    made = dict(tensors)
+    for site in sites if moved else ():
+        key = f"{PREFIX}{site.name}.lora_B.bias"
+        added = moved[site.name] / site.scaling if site.name in moved else torch.zeros(site.out_features)
+        made[key] = made[key] + added if key in made else added
+    return made
 
 
 def _same(saved: Tensor, own: Any) -> bool:
