@@ -28,6 +28,7 @@ _HOME = {
     "attach": "rankwise.optim",
     "GaLore": "rankwise.galore",
     "galore_groups": "rankwise.galore",
+    "next_task": "rankwise.optim",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
     "RankwiseError": "rankwise.errors",
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "measure",
     "merge",
+    "next_task",
     "optimizer",
     "plan",
     "probe",
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
     from rankwise.errors import RankwiseError
     from rankwise.galore import GaLore, galore_groups
     from rankwise.importance import Importance, allocate, measure
-    from rankwise.optim import attach, optimizer
+    from rankwise.optim import attach, next_task, optimizer
     from rankwise.planning import Plan, plan, summary
     from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets

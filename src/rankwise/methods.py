@@ -4,9 +4,9 @@ import inspect
 import re
 from typing import Any, NamedTuple
 
-from rankwise.errors import ConfigError, nearest
+from rankwise.errors import ConfigError
 from rankwise.recipe import AXES
-from rankwise.recipes import RECIPES
+from rankwise.recipes import RECIPES, unknown
 
 
 class About(NamedTuple):
@@ -108,10 +108,22 @@ ABOUT: dict[str, About] = {
         "Take it when one adapter should serve many tasks that differ by prompt, and generation must not route each token.",
         "LoRA at every layer and a small gate a block; generated tokens are not routed, but a prompt must come whole and nothing merges.",
     ),
+    "am-lora": About(
+        "Each task of a sequence trains a LoRA of its own; older ones stay frozen, and scores of the LoRAs' outputs mix them by token.",
+        "Take it when tasks come one after another and the earlier ones must not be forgotten, with no task named at inference.",
+        "Trains rank * (in + out) numbers a site and a selector of out + 1 a task; t tasks compute like one LoRA of t times the rank, "
+        "and cannot be merged.",
+    ),
     "loramoe": About(
         "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
         "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
         "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
+    ),
+    "galore": About(
+        "All of each weight trains, by steps taken in a subspace of its gradient: the state is small and the result is not of low rank.",
+        "Take it for pretraining, or when full fine-tuning is wanted and its optimizer state does not fit.",
+        "Keeps one frame and two moments of rank * side numbers a site, forms one full gradient at a time and only when a frame is "
+        "renewed; the file holds the weights.",
     ),
     "rosa": About(
         "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
@@ -136,7 +148,7 @@ def known(name: str) -> str:
     """The name of a recipe, underscores allowed. Raises ConfigError with the nearest one."""
     plain = name.replace("_", "-")
     if plain not in RECIPES:
-        raise ConfigError(f"method {name!r} is unknown{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}")
+        raise ConfigError(f"method {name!r} is unknown{unknown(name)}")
     return plain
 
 
@@ -167,10 +179,9 @@ def describe(name: str) -> str:
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
     alpha = recipe.alpha_of(recipe.rank)
-    lines.append(
-        f"  and of every recipe: rank = {recipe.rank}, alpha = {alpha:g}, scaling = {recipe.scaling!r}, dropout = {recipe.dropout:g},"
-    )
-    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, frozen, base, and each axis by its name")
+    scaled = f"alpha = {alpha:g}, scaling = {recipe.scaling!r}, " if recipe.update.scaled else ""
+    lines.append(f"  and of every recipe: rank = {recipe.rank}, {scaled}dropout = {recipe.dropout:g},")
+    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, states, frozen, base, and each axis by its name")
     lines += ["", f"Learning rate {recipe.lr:g}; worth searching from {recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}"]
     lines.append(f"Paper: {paper(name)}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
 from rankwise.gradients import DirectSteps, GradientRule
-from rankwise.resizing import resize
+from rankwise.resizing import grow, resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
 from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
 
@@ -45,7 +45,7 @@ def optimizer(
     model: nn.Module,
     lr: float | None = None,
     weight_decay: float = 0.0,
-    kind: Callable[..., Optimizer] = torch.optim.AdamW,
+    kind: Callable[..., Optimizer] | None = None,
     total_steps: int | None = None,
     validation: Any = None,
     **options: Any,
@@ -56,8 +56,9 @@ def optimizer(
         model: an adapted model.
         lr: learning rate; None takes the recipe's own.
         weight_decay: decoupled decay of every role, before the gradient rule scales it.
-        kind: any optimizer class that takes parameter groups, lr and weight_decay. Roles whose gradients the recipe's rule makes into steps
-            (LoRA-Pro in weight space) move by them; `kind` then serves the others.
+        kind: any optimizer class that takes parameter groups, lr and weight_decay; None is AdamW, its moments held as the recipe's
+            `states` say. Roles whose gradients the recipe's rule makes into steps (LoRA-Pro in weight space) move by them; `kind` then
+            serves the others.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
         validation: batches of rows that are not trained on, for routings that learn from them too; anything that can be read again and
             again in the same order, such as a list.
@@ -65,6 +66,12 @@ def optimizer(
     """
     recipe = adapted(model).recipe
     lr = recipe.lr if lr is None else lr
+    if kind is None and recipe.states == "8bit":
+        from rankwise.galore import GaLore  # whose groups without a rank are plain AdamW
+
+        kind = GaLore
+        options.setdefault("states", "8bit")
+    kind = torch.optim.AdamW if kind is None else kind
     if kind is torch.optim.AdamW:
         options.setdefault("fused", True)
     groups = groups_of(model, lr, weight_decay)
@@ -111,6 +118,8 @@ def _regroup(optimizer: Optimizer, roles: dict[int, str]) -> None:
 
 # Handles of the gradient transforms of each model, outside of it: copies and pickles of a model carry no hooks.
 _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+# What runs over each model: one session at a time, so that nothing is tapped or transformed twice.
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, list[Running]] = weakref.WeakKeyDictionary()
 
 
 class Session:
@@ -122,9 +131,12 @@ class Session:
         self.rule: GradientRule = record.recipe.gradient
         self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
+        for earlier in _RUNNING.pop(model, []):
+            earlier.close()
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
         begun["routing"] = record.recipe.routing.begin(model, validation)
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
+        _RUNNING[model] = list(self.running.values())
         for running in self.running.values():
             running.expect(total_steps)
         self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
@@ -153,6 +165,8 @@ class Session:
         """Takes the hooks off."""
         for handle in self.handles:
             handle.remove()
+        for running in self.running.values():
+            running.close()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the hooks to go on where they were: finished steps, sites still without a gradient, and the
@@ -160,14 +174,19 @@ class Session:
         state: dict[str, Any] = {"steps": self.steps, "waiting": list(self.waiting)}
         if self.schedule.changes_ranks and (model := self.model()) is not None:
             state["ranks"] = {name: module.site.rank for name, module in adapted_sites(model).items()}
+        if self.schedule.changes_experts and (model := self.model()) is not None:
+            state["experts"] = {name: module.site.experts for name, module in adapted_sites(model).items()}
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` gave. Called before the model's own state is loaded, whose shapes follow the ranks."""
+        """Takes up what `state` gave. Called before the model's own state is loaded, whose shapes follow the ranks and experts."""
         if (model := self.model()) is not None and (optimizer := self.optimizer()) is not None:
             sites, ranks = adapted_sites(model), state.get("ranks", {})
             cut = {name: torch.arange(rank) for name, rank in ranks.items() if rank < sites[name].site.rank}
             self._apply(Change(ranks=cut), model, optimizer)
+            experts = state.get("experts", {})
+            while behind := [name for name, count in experts.items() if sites[name].site.experts < count]:
+                self._apply(Change(grown=behind), model, optimizer)
         self.steps = int(state["steps"])
         self.waiting = {name: module for name, module in self.waiting.items() if name in state["waiting"]}
 
@@ -195,7 +214,11 @@ class Session:
     def _apply(self, change: Change, model: nn.Module, optimizer: Optimizer) -> None:
         cuts = [*change.sliced, *(resize(model, change.ranks) if change.ranks else ())]
         _follow(optimizer, change.reset, cuts)
-        if cuts:
+        if change.grown:
+            before = {id(parameter) for _, parameter in roles_of(model).values()}
+            grow(model, change.grown)
+            _take_in(optimizer, model, before)
+        if cuts or change.grown:
             self._transform(model)  # hooks stand on the parameters that were replaced
 
     def _pre(self, optimizer: Optimizer, *_: Any) -> None:
@@ -254,6 +277,46 @@ def _follow(optimizer: Optimizer, reset: Sequence[nn.Parameter], sliced: Sequenc
             }
         for group in optimizer.param_groups:
             group["params"] = [cut.now if parameter is cut.was else parameter for parameter in group["params"]]
+
+
+def _take_in(optimizer: Optimizer, model: nn.Module, before: set[int]) -> None:
+    """Brings the groups in line with what trains now: parameters that froze leave with their state, new ones join the group of their role.
+
+    Groups keep their number and options, and the order of a model that was built like this, so that learning rate schedules and
+    checkpoints fit.
+    """
+    roles = roles_of(model).values()
+    order = {id(parameter): position for position, (_, parameter) in enumerate(roles)}
+    gone = before - order.keys()
+    groups = {group["role"]: group for group in optimizer.param_groups if any(id(p) in before for p in group["params"])}
+    for group in optimizer.param_groups:
+        for parameter in [p for p in group["params"] if id(p) in gone]:
+            optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for role, parameter in roles:
+        if id(parameter) not in before:
+            if role not in groups:
+                raise TrainingError(f"the optimizer has no group for the role {role!r} of what a new expert brings")
+            groups[role]["params"].append(parameter)
+    for group in groups.values():
+        group["params"].sort(key=lambda parameter: order.get(id(parameter), -1))
+
+
+def next_task(model: nn.Module, optimizer: Optimizer) -> None:
+    """Tells rules and schedules that the data of another task begin. AM-LoRA freezes what it has and begins a new LoRA; the optimizer
+    follows. With recipes to which tasks mean nothing nothing happens.
+
+    Args:
+        model: the adapted model.
+        optimizer: what `rankwise.optimizer` or `attach` returned for it.
+
+    Raises:
+        TrainingError: the optimizer is not one of this model's.
+    """
+    session = getattr(optimizer, "rankwise_session", None)
+    if session is None or session.model() is not model:
+        raise TrainingError("next_task needs the optimizer of this model, from rankwise.optimizer or rankwise.attach")
+    session.fire("task", optimizer)
 
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:

@@ -8,15 +8,15 @@ AdamW; a bracket is what is worth searching.
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, nearest
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
 from rankwise.recipe import Recipe, _coerce
 from rankwise.routing import PromptRouting
-from rankwise.schedules import AdaLoraBudget, LoraDrop, Rounds
+from rankwise.schedules import AdaLoraBudget, GaloreFolding, LoraDrop, Rounds, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import Deep, Experts, LowRank, Mixer, NoUpdate, Svd, Vera
+from rankwise.updates import AttentionMixture, Deep, Experts, LowRank, Mixer, NoUpdate, Projected, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -246,9 +246,83 @@ def lora_drop(
     return _recipe(fields, name="lora-drop", schedule=schedule)
 
 
+def am_lora(
+    selector_train: Literal["all", "new"] = "all",
+    sparsity: Literal["selector", "scores", "entropy", "concentration", "gates", "none"] = "selector",
+    sparsity_weight: float = 1e-3,
+    granularity: Literal["token", "sequence_mean", "layer"] = "token",
+    gate: Literal["softmax", "sigmoid", "relu"] = "softmax",
+    tau: float = 1.0,
+    phi: Literal["tanh", "identity"] = "tanh",
+    zero_entry: bool = True,
+    guard: float = 0.01,
+    release: int = 20,
+    selector_std: float = 0.0,
+    normalise: bool = False,
+    distill: float = 0.0,
+    orthogonality: float = 0.0,
+    snapshots: bool = True,
+    **fields: Any,
+) -> Recipe:
+    """AM-LoRA (Attentional Mixture of LoRAs 2024, arXiv 2409.19611): a LoRA per task of a sequence, mixed by attention to their outputs.
+
+    `rankwise.next_task` begins the next LoRA; `rankwise train` does so between the data sets of `data.tasks`. alpha is 4 times the rank:
+    with the zero LoRA the first gate starts at 1/2, and the update then has LoRA's usual scale. sparsity='selector' is the L1 norm of the
+    selectors, 'gates' that of the gates without the zero LoRA (of sigmoid or relu gates: of all).
+    """
+    fields.setdefault("rank", 8)
+    fields.setdefault("alpha", 4.0 * fields["rank"])
+    update = AttentionMixture(
+        granularity=granularity,
+        gate=gate,
+        tau=tau,
+        phi=phi,
+        zero_entry=zero_entry,
+        selector_train=selector_train,
+        guard=guard,
+        selector_std=selector_std,
+        normalise=normalise,
+        snapshots=snapshots,
+        penalty="none" if sparsity in ("selector", "none") else sparsity,
+        penalty_weight=sparsity_weight,
+        distill=distill,
+    )
+    schedule = TaskGrowth(release, sparsity_weight if sparsity == "selector" else 0.0, orthogonality)
+    return _recipe(fields, name="am-lora", update=update, schedule=schedule, lr=1e-3, lr_bracket=(2e-4, 5e-3))
+
+
 def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
+
+
+def galore(
+    update_interval: int = 200,
+    scale: float | None = None,
+    projection: Literal["std", "reverse_std", "left", "right"] = "std",
+    method: Literal["randomized", "svd", "random"] = "randomized",
+    stagger: bool = True,
+    rotate: bool = False,
+    align: bool = True,
+    refresh_on: Literal["first-batch", "step"] = "first-batch",
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto",
+    original: Literal["keep", "drop"] = "keep",
+    **fields: Any,
+) -> Recipe:
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507): the weights themselves train, by steps of low rank that are folded in one by one.
+
+    `alpha` is the paper's: what every step is multiplied by, here also called `scale`, 0.25 unless given. Pretraining wants lr 1e-2; the
+    rate here is for fine-tuning. The official code is method='svd', stagger=False, align=False, refresh_on='step'.
+    """
+    alpha = fields.pop("alpha", None)
+    if scale is not None and alpha is not None and scale != alpha:
+        raise RecipeError(f"scale={scale} and alpha={alpha} say the same thing twice; remove one")
+    if fields.get("alpha_pattern"):
+        raise RecipeError("alpha_pattern: GaLore has one scale for all sites; remove it")
+    folded = scale if scale is not None else 0.25 if alpha is None else float(alpha)
+    fields.setdefault("rank", 128)
+    schedule = GaloreFolding(update_interval, folded, method, stagger, rotate, align, refresh_on, rounding, original)
+    return _recipe(fields, name="galore", update=Projected(projection), init=Own(), schedule=schedule, lr=5e-4, lr_bracket=(5e-5, 1e-2))
 
 
 def rosa(
@@ -339,6 +413,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "deep-lora": deep_lora,
     "rosa": rosa,
     "lora-drop": lora_drop,
+    "am-lora": am_lora,
     "loramoe": loramoe,
     "milora-mixture": milora_mixture,
+    "galore": galore,
 }
+
+# What people look for here and do not find: no low-rank update of a weight, so outside of the one equation.
+_OUT_OF_SCOPE = ("prefix", "prompt", "p-tuning", "ptuning", "bottleneck", "houlsby", "pfeiffer")
+
+
+def unknown(name: str) -> str:
+    """What to tell somebody who asks for a method that is not here: the nearest name, or that such methods are out of scope."""
+    plain = name.lower().replace("_", "-")
+    if plain.startswith(_OUT_OF_SCOPE):
+        return f"; prefix, prompt and P-tuning and bottleneck adapters are out of scope for now. The methods are {', '.join(RECIPES)}"
+    return f"{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rankwise.adapting import build, shared_part
+from rankwise.adapting import Stored, build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
 from rankwise.checkpoint.peft_fields import DEFAULTS
@@ -43,7 +43,7 @@ class _Opened:
     rounds: Mapping[str, int] = field(default_factory=dict)  # site -> rounds in its ledger
 
 
-def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Module:
+def load(base: nn.Module, folder: str | Path, any_base: bool = False, tasks: int | None = None) -> nn.Module:
     """Puts a saved adapter on its base, in place, and returns the adapted model.
 
     On the same base the model computes bit for bit what it did when it was saved; factors and starts come from the file, so no
@@ -54,6 +54,8 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Modu
         base: the model that the adapter was trained on, not adapted. It is not touched when an error is raised.
         folder: what `save` or PEFT's save_pretrained wrote; a local path.
         any_base: load onto a base whose weights differ from those the adapter was trained on.
+        tasks: of an adapter with a LoRA per task (AM-LoRA) only those of the first tasks, as after them. What trains in full, such as a
+            classifier's head, is that of the end.
 
     Raises:
         CheckpointError: no such folder, a file that is missing, truncated or unknown, tensors that are missing, unexpected, wrong-shaped
@@ -71,12 +73,24 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Modu
         _check_tensors(opened, expected)
     recipe, made = opened.recipe, opened.plan
     stored = {site.name: decode(site, recipe, opened.peft_type, opened.tensors) for site in made.sites}
+    if tasks is not None:
+        made, stored = _first_tasks(opened, stored, tasks)
     gates = {block.name: _gate(block, opened) for block in made.blocks}
     model = build(base, recipe, made, stored, pool, gates=gates)
     for name, module in trained_modules(model).items():
         module.trained.load_state_dict({key: opened.tensors[full] for key, full in heads[name].items()})
     model.rankwise.notes.extend(opened.notes)  # pyright: ignore
     return model
+
+
+def _first_tasks(opened: _Opened, stored: dict[str, Stored], tasks: int) -> tuple[Plan, dict[str, Stored]]:
+    made = opened.plan
+    there = min(site.experts for site in made.sites)
+    if not opened.recipe.update.grows or not 1 <= tasks <= there:
+        raise CheckpointError(f"tasks={tasks}: the adapter in {opened.folder} holds the LoRAs of {there} tasks; give one of 1 to {there}")
+    choice = opened.recipe.update
+    found = {site.name: replace(stored[site.name], update=choice.first(site, stored[site.name].update, tasks)) for site in made.sites}
+    return made.grown({site.name: tasks for site in made.sites}), found
 
 
 @contextmanager
@@ -187,7 +201,10 @@ def _check_fields(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _with_saved_ranks(made: Plan, about: Mapping[str, Any]) -> Plan:
-    """The plan with the ranks that a schedule has left; any other difference is for `_compare_plan` to refuse."""
+    """The plan with the ranks that a schedule has left, and the experts it has added; `_compare_plan` refuses any other difference."""
+    if made.recipe.update.grows:
+        saved = {site.name: about["sites"].get(site.name, {}).get("experts", 1) for site in made.sites}
+        made = made.grown({site.name: count for site in made.sites if type(count := saved[site.name]) is int and count > site.experts})
     if not made.recipe.schedule.changes_ranks:
         return made
     saved = {site.name: about["sites"].get(site.name, {}).get("rank") for site in made.sites}
@@ -221,9 +238,9 @@ def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
                 f"this base has {name}, which is not among the adapter's {len(saved)} {label}; load the base it was made for"
             )
     for name, site in here.items():
-        for label, value in (("rank", site.rank), ("scaling", site.scaling)):
-            if sites[name].get(label) != value:
-                raise CheckpointError(f"{name}: {label}={sites[name].get(label)!r} in the adapter, {value!r} by its recipe; save it again")
+        for label, value in (("rank", site.rank), ("scaling", site.scaling), ("experts", site.experts)):
+            if (found := sites[name].get(label, 1 if label == "experts" else None)) != value:
+                raise CheckpointError(f"{name}: {label}={found!r} in the adapter, {value!r} by its recipe; save it again")
 
 
 def _compare_base(base: nn.Module, made: Plan, about: Mapping[str, Any], any_base: bool) -> None:

@@ -23,6 +23,7 @@ from rankwise.checkpoint.peft_layout import BASE_WEIGHT, PREFIX, collect, config
 from rankwise.errors import CheckpointError
 from rankwise.routing.context import gates_of
 from rankwise.sites import adapted_sites, trained_modules
+from rankwise.updates import Site
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, NATIVE_FILE = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
@@ -128,13 +129,7 @@ def _about(
         "peft_type": peft_type,
         "recipe": recipe.to_dict(),
         "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint, "held": record.held_fingerprint},
-        # "owner" where a site uses the tensors of another one, which the file holds once
-        "sites": {
-            site.name: {"rank": site.rank, "scaling": site.scaling}
-            | ({"owner": site.owner} if site.owner else {})
-            | rounds.get(site.name, {})
-            for site in record.plan.sites
-        },
+        "sites": {site.name: _site(site) | rounds.get(site.name, {}) for site in record.plan.sites},
         "modules_to_save": [name for name, _ in record.plan.trained_modules],
         # stacked: the second half of lora_A's rows, and minus the second half of lora_B's columns; separate: under keys of its own
         "start": start,
@@ -142,6 +137,13 @@ def _about(
         "notes": notes,
         **({} if record.plan.importance is None else {"importance": record.plan.importance.to_dict()}),
     }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    """What a plan of the same recipe cannot know; "owner" where a site uses the tensors of another one, which the file holds once."""
+    numbers: dict[str, Any] = {"rank": site.rank, "scaling": site.scaling}
+    more = {"experts": site.experts if site.experts > 1 else None, "owner": site.owner or None}
+    return numbers | {key: value for key, value in more.items() if value is not None}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -33,6 +33,19 @@ def uniform_mixture(model: nn.Module) -> Mixture:
     return Mixture({name: torch.full((module.site.experts,), 1 / module.site.experts) for name, module in sites.items()}, {})
 
 
+def one_expert(model: nn.Module, expert: int) -> Mixture:
+    """One expert alone at full weight, the others at zero: of AM-LoRA the LoRA of one task, counted from 0. Needs no data.
+
+    Raises:
+        TargetError: there is no such expert.
+    """
+    sites = _mixed(model)
+    least = min(module.site.experts for module in sites.values())
+    if not 0 <= expert < least:
+        raise TargetError(f"expert={expert}: the sites have {least} experts, numbered 0 to {least - 1}")
+    return Mixture({name: torch.eye(module.site.experts)[expert] for name, module in sites.items()}, {})
+
+
 @torch.no_grad()
 def mean_mixture(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Mixture:
     """The mean gates over some batches, and the mean distance from them.

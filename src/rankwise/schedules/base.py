@@ -37,11 +37,13 @@ class Change:
 
     reset: parameters whose optimizer state must be forgotten. sliced: parameters that were replaced by parts of themselves.
     ranks: site name -> positions of the ranks that stay, to be cut by the session (`resizing.resize`), optimizer state and all.
+    grown: names of sites that gain one expert (`resizing.grow`); the optimizer takes its tensors in and lets those go that froze.
     """
 
     reset: Sequence[nn.Parameter] = field(default=())
     sliced: Sequence[Sliced] = field(default=())
     ranks: Mapping[str, Tensor] = field(default_factory=dict)
+    grown: Sequence[str] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Running(ABC):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up what `tensors` gave. Called after the model's own state was loaded."""
         assert not tensors, "a running schedule that saves tensors takes them back"
+
+    def close(self) -> None:
+        """Takes off whatever was put on the model; called when the session ends or another one takes its place."""
+        return
 
     def report(self) -> dict[str, float]:
         """Numbers for the metrics of the step that just ended, such as a penalty or a budget."""
@@ -109,6 +115,8 @@ class Schedule(ABC):
     name: ClassVar[str]
     #: whether ranks may change while training, so that a saved adapter may hold fewer than its recipe says
     changes_ranks: ClassVar[bool] = False
+    #: whether sites may gain experts while training, so that a saved adapter may hold more than its recipe begins with
+    changes_experts: ClassVar[bool] = False
     #: whether it writes what the factors have learned into the base weights while training
     rewrites_base: ClassVar[bool] = False
     #: for a schedule that rewrites the base: 'keep' a copy of the original weights on the CPU, so that `disabled` and `unadapt` give the
@@ -131,14 +139,14 @@ class Schedule(ABC):
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""
         return
 
+    def notes(self, sites: "Sequence[Site]") -> list[str]:
+        """What a plan should say of these sites."""
+        return []
+
     @property
     def sample(self) -> Sample | None:
         """The data by which this schedule changes the plan before anything is built (`allocate`); None where it does not."""
         return None
-
-    def note(self, sites: "Sequence[Site]") -> str:
-        """What a plan says of what `allocate` will do; empty where there is nothing to say."""
-        return ""
 
     def allocate(
         self, model: nn.Module, made: "Plan", batches: Sequence[Mapping[str, Any]] | None, begun: "Mapping[str, Beginning] | None"

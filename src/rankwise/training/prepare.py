@@ -2,17 +2,18 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.recipe import Recipe
 from rankwise.training.collate import Collator
 from rankwise.training.config import Config, resolve
 from rankwise.training.encoded import ALLOWED
-from rankwise.training.rows import Rows, read_rows, types_of
+from rankwise.training.rows import Rows, chosen, read_rows, types_of
 
 DEMO_FILES = {
     "causal": {"train": "train.jsonl", "eval": "test.jsonl", "general": "general.jsonl"},
@@ -42,7 +43,9 @@ class Prepared:
         for name, encoded in {"train": self.train, **self.scored}.items():
             lines += [f"{name}: {line}" for line in (_class_text(encoded) if self.labels else encoded.report.text()).splitlines()]
         if self.labels:
-            lines.append(f"classes ({len(self.labels)}): " + ", ".join(f"{name} {count}" for name, count in self.train.counts.items()))
+            lines.append(
+                f"classes ({len(self.labels)}): " + ", ".join(f"{name} {count}" for name, count in self.train.counts.items() if count)
+            )
         return "\n".join(lines)
 
 
@@ -83,6 +86,16 @@ def source_names(config: Config) -> dict[str, tuple[str, str | None] | None]:
     return names
 
 
+def read_parts(config: Config) -> dict[str, Rows | None]:
+    """part -> rows, for train, eval and general; what `data.filter` leaves of them.
+
+    Raises:
+        DataError: as `read_rows`; a filter that names no column of a row, or leaves nothing.
+    """
+    rows = {part: None if found is None else read_rows(found[0], found[1]) for part, found in source_names(config).items()}
+    return {part: found if found is None else chosen(found, config.data.filter) for part, found in rows.items()}
+
+
 def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> Prepared:
     """Reads, recognises, encodes and checks the rows that a configuration names. `labels` are the classes, where they are known already.
 
@@ -90,7 +103,7 @@ def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> 
         DataError: as `read_rows`, `recognise`, `encode_rows`; rows without a supervised token, cut answers or missing end tokens that
             `allow` does not name; labels outside the training rows' classes.
     """
-    rows = {part: None if found is None else read_rows(found[0], found[1]) for part, found in source_names(config).items()}
+    rows = read_parts(config)
     train = cast(Rows, rows["train"])
     kinds = _kinds(config, train)
     if config.task == "classification":
@@ -99,6 +112,35 @@ def prepare(config: Config, tokenizer: Any, labels: list[str] | None = None) -> 
         return _classification(config, _without_types(train, config), _without_types(rows["eval"], config), tokenizer, labels, kinds)
     train, tested, general = (_without_types(rows[part], config) for part in ("train", "eval", "general"))
     return _causal(config, cast(Rows, train), tested, general, tokenizer, kinds)
+
+
+def prepare_tasks(parts: Mapping[str, Config], tokenizer: Any) -> dict[str, Prepared]:
+    """Task name -> its rows. Classifiers have one label space over all tasks, the union of the classes of their training rows.
+
+    Raises:
+        DataError: as `prepare`, with the task's name before it.
+    """
+    configs = list(parts.values())
+    labels = None
+    if len(configs) > 1 and configs[0].task == "classification":
+        from rankwise.training.classification import class_names
+
+        read = {task: _in_task(task, partial(_training_rows, config)) for task, config in parts.items()}
+        labels = class_names(list(read.values()))
+    return {task: _in_task(task, partial(prepare, config, tokenizer, labels)) for task, config in parts.items()}
+
+
+def _training_rows(config: Config) -> Rows:
+    return cast(Rows, _without_types(read_parts(config)["train"], config))
+
+
+def _in_task(task: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except DataError as error:
+        if not task:
+            raise
+        raise DataError(f"task {task!r}: {error}") from error
 
 
 def _kinds(config: Config, train: Rows) -> list[int] | None:

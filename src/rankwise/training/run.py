@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.report import allocation_text
-from rankwise.training.config import Config, load_config, make_config, resolve, resolved
+from rankwise.training.config import Config, load_config, make_config, resolve, resolved, task_configs
 from rankwise.training.evaluate import causal_scores, class_scores, scores_table
 from rankwise.training.folder import IMPORTANCE, RunFolder, begin, config_of, identity, look, write_json
 from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
@@ -31,6 +32,7 @@ class Result:
     steps: int
     before: Scores
     after: Scores
+    sequence: dict[str, Any] | None = None  # of a run over tasks: `sequence.summary`
 
     @property
     def adapter(self) -> Path:
@@ -70,10 +72,15 @@ def train(
     if not isinstance(config, Config):
         config = make_config(config, overrides) if isinstance(config, Mapping) else load_config(config, overrides)
     config = resolved(config)
-    mine = identity(config, [None if found is None else found[0] for found in source_names(config).values()])
+    sources = [found[0] for part in task_configs(config).values() for found in source_names(part).values() if found is not None]
+    mine = identity(config, sources)
     run, state = look(Path(config.output), mine, fresh)
     if state == "finished":
         return _finished(run, console)
+    if config.data.tasks is not None:
+        from rankwise.training.sequence import train_sequence
+
+        return train_sequence(config, run, mine, state == "new", console, closing)
     tokenizer, notes = load_tokenizer(model_folder(config.model))
     data = prepare(config, tokenizer)
     say(console, data.text())
@@ -125,9 +132,8 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
     import rankwise as rw
 
     dtype = pick_precision(config.train.precision, pick_device())
-    loaded = load_model(config.model, config.task, data.labels, dtype, config.seed)
-    recipe = resolve(config)
-    recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules])))
+    loaded = load_model(config.model, config.task, data.labels, dtype, config.seed, config.train.from_scratch)
+    recipe = with_full_modules(config, resolve(config), loaded.model, loaded.full_modules)
     if recipe.schedule.sample is not None and config.train.lr is not None:
         recipe = recipe.replace(lr=config.train.lr)  # what a schedule trains beforehand is trained as the run is
     asks = recipe.init.calibration is not None or recipe.schedule.sample is not None
@@ -143,15 +149,25 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
     return loaded
 
 
+def with_full_modules(config: Config, recipe: Any, model: Any, heads: Sequence[str]) -> Any:
+    """The recipe with what must train in full beside its sites: a new head, and from scratch everything that is no site."""
+    from rankwise.planning import rest_of
+
+    rest = rest_of(model, recipe) if config.train.from_scratch else []
+    return recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *heads, *rest])))
+
+
 def scorer(config: Config, data: Prepared, model: Any) -> Callable[[], Scores]:
     """A function that scores the model on every set of rows kept for that."""
+    found = scorers(config, data, model)
+    return lambda: {name: score() for name, score in found.items()}
+
+
+def scorers(config: Config, data: Prepared, model: Any) -> dict[str, Callable[[], dict[str, float]]]:
+    """Name of a set of rows -> a function that scores the model on it."""
     dtype = pick_precision(config.train.precision, next(model.parameters()).device)
     score = class_scores if config.task == "classification" else causal_scores
-
-    def scores() -> Scores:
-        return {name: score(model, encoded, data.collate, dtype) for name, encoded in data.scored.items()}
-
-    return scores
+    return {name: partial(score, model, encoded, data.collate, dtype) for name, encoded in data.scored.items()}
 
 
 def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, console: Any) -> Result:
@@ -248,6 +264,8 @@ def _save_adapter(run: RunFolder, config: Config, data: Prepared, model: Any) ->
     from rankwise.checkpoint.atomic import write_folder
 
     about = {"model": config.model, "task": config.task, "labels": data.labels, "max_length": config.train.max_length}
+    if config.train.from_scratch:
+        about |= {"from_scratch": True, "seed": config.seed}
     with write_folder(run.adapter) as folder:
         rw.save(model, folder)
         write_json(folder / "training.json", about)
@@ -264,8 +282,13 @@ def _finished(run: RunFolder, console: Any) -> Result:
     say(console, f"{run.root} is finished ({done['steps']} steps); nothing is left to do")
     if done["after"]:
         console.print(scores_table(done["before"], done["after"]))
+    sequence = done.get("sequence")
+    if sequence is not None:
+        from rankwise.training.sequence import say_summary
+
+        say_summary(console, sequence)
     say(console, next_steps(run, config_of(run)))
-    return Result(run, done["steps"], done["before"], done["after"])
+    return Result(run, done["steps"], done["before"], done["after"], sequence)
 
 
 def next_steps(run: RunFolder, config: Config) -> str:

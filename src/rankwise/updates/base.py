@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -106,6 +106,10 @@ class Update(Part, ABC):
     def begin(self, down: Tensor | None, up: Tensor | None, moves: bool, generator: torch.Generator) -> None:
         """Takes the starting pair (rank, in), (out, rank); with `moves`, the product of the factors must equal up @ down."""
 
+    def extend(self, down: Tensor | None, up: Tensor | None, generator: torch.Generator) -> None:
+        """Takes the starting pair of one expert more: `resizing.grow` has just added its slots, which hold zeros."""
+        raise RecipeError(f"update={self.choice.name!r} holds a fixed number of experts")
+
     def gates(self, x: Tensor) -> Tensor:
         """The weight of each expert for each token, (..., experts) from x (..., in); only of updates that have experts.
 
@@ -151,8 +155,10 @@ class UpdateChoice(ABC):
     rank_bounded: ClassVar[bool] = True
     #: whether sites of one group share `down` (and so `down @ x`)
     shares_down: ClassVar[bool] = False
-    #: pairs that stand stacked at each site
+    #: pairs that stand stacked at each site; the number to begin with where it grows
     experts: int = 1
+    #: whether a site may gain experts while it trains; `slots` of a site with more experts then are those of fewer, and further ones
+    grows: ClassVar[bool] = False
     #: whether the core is the same for all tokens
     constant_core: ClassVar[bool] = True
 
@@ -171,6 +177,11 @@ class UpdateChoice(ABC):
         """Whether it reads facts of the batch (`rankwise.routing.context`) or attaches losses to the graph."""
         return False
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether what it does to a token depends on those behind it, so that no model that generates can have it."""
+        return False
+
     def missing_fact(self) -> str:
         """Why training must know the type of every sample; empty where it need not."""
         return ""
@@ -182,6 +193,14 @@ class UpdateChoice(ABC):
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
         """The tensors that one site owns."""
+
+    def first(self, site: Site, values: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+        """Slot name -> tensor of the first experts of a site, from those of all; for an update that grows."""
+        return {name: values[name] for name in self.slots(replace(site, experts=experts))}
+
+    def rank_at(self, rank: int, width_out: int, width_in: int) -> int:
+        """The rank of a site of these widths where a recipe asks for `rank`: an update whose rank is bounded may lower it."""
+        return rank
 
     def peft_reason(self, sites: Sequence[Site]) -> str:
         """Why a file of `peft_type` cannot hold these sites; empty where it can."""
