@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,11 @@ def test_peft_computes_the_same_or_refuses(method: str, name: str, tmp_path: Pat
     held = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
     arrived = [p.numel() for n, p in theirs.named_parameters() if any(part in n for part in ("lora_", "vera_lambda", "modules_to_save"))]
     assert held == sum(arrived)
+
+
+def test_the_table_in_the_docs_names_tests_that_exist() -> None:
+    tests = Path(__file__).parent
+    named = re.findall(r"(test_\w+\.py)(?:::(\w+))?", (tests.parent / "docs" / "peft.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    for file, function in named:
+        assert not function or f"def {function}(" in (tests / file).read_text(encoding="utf-8"), f"{file}::{function}"

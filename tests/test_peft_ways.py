@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from checkpoint_models import IDS, base, logits, relative, train
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, PeftModel, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -345,6 +345,8 @@ def test_tokens_that_do_not_fit(tmp_path: Path) -> None:
         ([5], r"has shape \(2, 32\) for rows \[5\] of a weight of shape \(64, 32\)"),
         ([5, 64], r"for rows \[5, 64\] of a weight of shape \(64, 32\)"),
         ({"lm_head": [5, 3]}, "has rows for model.embed_tokens, which trainable_token_indices="),
+        ([5.5, 3], "must be whole numbers"),
+        ({"embed_tokens": "53"}, "must be whole numbers"),
         (None, "has rows for model.embed_tokens, which trainable_token_indices=None does not name"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": indices}))
@@ -386,6 +388,24 @@ def test_base_biases(bias: str, tmp_path: Path) -> None:
         quietly(lambda: trained("LayerNorm").save_pretrained(tmp_path / "norms"))
         with pytest.raises(CheckpointError, match=r"bias='all', and bert\..*LayerNorm\.bias was trained, .*train it again"):
             rw.load(base("bert"), tmp_path / "norms")
+
+
+@pytest.mark.parametrize("kind", ["adalora", "vera"])
+def test_biases_that_only_plain_lora_takes(kind: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    config = adalora(bias="lora_only", **fields) if kind == "adalora" else VeraConfig(r=8, bias="vera_only", **fields)
+    quietly(lambda: peft_model(config, base("bert")).save_pretrained(tmp_path))
+    with pytest.raises(CheckpointError, match=r"_only', and bert\..*query\.bias was trained, .*train it again with bias='none', or merge"):
+        rw.load(base("bert"), tmp_path)
+
+
+def test_tied_adapters_are_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True, fan_in_fan_out=True)
+    quietly(lambda: peft_model(config, base("gpt2")).save_pretrained(tmp_path))
+    with pytest.raises(CheckpointError, match=r"ensure_weight_tying=True, and this base ties its embeddings: .*merge it with PEFT"):
+        rw.load(base("gpt2"), tmp_path)
+    untied = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    there_and_back(peft_model(untied, base()), "llama", tmp_path / "untied")
 
 
 BIASED: dict[str, tuple[str, Callable[[], LoraConfig]]] = {

@@ -262,7 +262,7 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
     peft_type = config.get("peft_type")
     if peft_type == NATIVE:
         raise CheckpointError(f"{folder} holds no {NATIVE_FILE}: the adapter is incomplete; copy or save the whole folder again")
-    if peft_type not in DEFAULTS:
+    if not isinstance(peft_type, str) or peft_type not in DEFAULTS:
         raise CheckpointError(
             f"{folder / CONFIG} has peft_type={peft_type!r}, and of PEFT's types {', '.join(DEFAULTS)} are read here; merge it with PEFT "
             "(merge_and_unload) and use the merged model as the base"

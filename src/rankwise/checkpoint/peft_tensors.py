@@ -48,7 +48,9 @@ def token_modules(fields: Mapping[str, Any], base: nn.Module, keys: Iterable[str
                 f"the weights file has rows for {name}, which trainable_token_indices={wanted!r} does not name or this base does not "
                 "have; is it the right base?"
             )
-        found[name] = (key, list(rows))
+        if not isinstance(rows, list) or not all(type(row) is int for row in rows):
+            raise CheckpointError(f"adapter_config.json: trainable_token_indices={wanted!r} must be whole numbers; write it as PEFT does")
+        found[name] = (key, rows)
     if wanted and not found:
         raise CheckpointError(f"the weights file has no rows for trainable_token_indices={wanted!r}; copy or save the adapter again")
     # PEFT replaces the rows of a tied head too
@@ -69,7 +71,12 @@ def with_whole_embeddings(tensors: Mapping[str, Tensor], base: nn.Module, tokens
     for name, (key, rows) in tokens.items():
         state = base.get_submodule(name).state_dict()
         weight, given = state.get("weight"), tensors[key]
-        if weight is None or given.shape != (len(rows), weight.shape[1]) or not all(0 <= row < len(weight) for row in rows):
+        if (
+            weight is None
+            or weight.dim() != 2
+            or given.shape != (len(rows), weight.shape[1])
+            or not all(0 <= row < len(weight) for row in rows)
+        ):
             shape = None if weight is None else tuple(weight.shape)
             raise CheckpointError(
                 f"{key} has shape {tuple(given.shape)} for rows {rows} of a weight of shape {shape}; load the base it was made for"
@@ -146,7 +153,10 @@ def with_shifts(tensors: Mapping[str, Tensor], sites: Collection[Site], moved: M
     for site in sites if moved else ():
         key = f"{PREFIX}{site.name}.lora_B.bias"
         added = moved[site.name] / site.scaling if site.name in moved else torch.zeros(site.out_features)
-        made[key] = made[key] + added if key in made else added
+        if key not in made:
+            made[key] = added
+        elif made[key].shape == added.shape:  # another shape is named when the file is checked
+            made[key] = made[key] + added
     return made
 
 
@@ -209,9 +219,9 @@ def with_starts(tensors: Mapping[str, Tensor], base: nn.Module, sites: Collectio
 def _is_rest(copied: Tensor, layer: nn.Module, site: Site, start: Start) -> bool:
     """Whether a copy is the weight that the start has left, to the rounding of its dtype."""
     rest = shifted(storage_of(layer).read(layer), start, site.scaling, -1.0)
-    return copied.shape == rest.shape and torch.allclose(
-        copied.to(rest), rest, rtol=0, atol=8 * torch.finfo(copied.dtype).eps * float(rest.abs().max())
-    )
+    if copied.shape != rest.shape or not copied.is_floating_point():
+        return False
+    return torch.allclose(copied.to(rest), rest, rtol=0, atol=8 * torch.finfo(copied.dtype).eps * float(rest.abs().max()))
 
 
 @torch.no_grad()
