@@ -21,7 +21,7 @@ from rankwise.checkpoint.atomic import write_folder
 from rankwise.checkpoint.naming import base_names
 from rankwise.checkpoint.peft_layout import BASE_WEIGHT, PREFIX, collect, config_of, encode, gate_keys, is_stacked, layout_of, pool_keys
 from rankwise.errors import CheckpointError
-from rankwise.routing.context import gates_of
+from rankwise.routing.gating import gates_of
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.updates import Site
 
