@@ -451,7 +451,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
 
 
 def _write_in(model: nn.Module, module: AdaptedLinear) -> None:
-    weight = module.merged_weight()
+    weight, bias = module.merged_weight(), module.merged_bias()
     if not bool(torch.isfinite(weight).all()):
         raise TargetError(f"the merged weight of {module.site.name} is not finite; the adapter is broken")
     _untie(model, module)
@@ -459,10 +459,15 @@ def _write_in(model: nn.Module, module: AdaptedLinear) -> None:
     if isinstance(storage, NF4Storage):  # never back into 4 bits: that would round the update away
         module.kept_layer = (module.base_layer,)
         module.base_layer = storage.replaced(module.base_layer, weight)
+        if bias is not None:
+            module.base_layer.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
         module.merged = True
         return
     module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
     storage.write(module.base_layer, weight)
+    if bias is not None:
+        module.kept_bias = (cast(nn.Parameter, module.base_layer.bias),)
+        module.base_layer.bias = nn.Parameter(bias.to(module.kept_bias[0].dtype), requires_grad=False)
     module.merged = True
 
 
@@ -472,7 +477,7 @@ def _take_out(module: AdaptedLinear) -> None:
         _swap_in(module)
     if module.tied:
         module.base_layer.weight = module.tied[0]
-    module.merged, module.kept_weight, module.kept_layer, module.tied = False, None, (), ()
+    module.merged, module.kept_weight, module.kept_bias, module.kept_layer, module.tied = False, None, (), (), ()
 
 
 def _untie(model: nn.Module, module: AdaptedLinear) -> None:
@@ -521,6 +526,9 @@ def _swap_in(module: AdaptedLinear) -> None:
     merged = storage.read(module.base_layer).detach().to("cpu", copy=True)
     storage.write(module.base_layer, module.kept_weight.to(module.weight.device))
     module.kept_weight = merged
+    if module.kept_bias:
+        (bias,) = module.kept_bias
+        module.kept_bias, module.base_layer.bias = (cast(nn.Parameter, module.base_layer.bias),), bias
 
 
 _swap_out = _swap_in  # swapping twice is the identity

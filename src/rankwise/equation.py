@@ -1,6 +1,7 @@
 """The one equation of the project, and the one operation that computes it.
 
     y = gain * ( W x  +  scaling * tail * ( up @ (core . (down @ dropout(x))) )  -  scaling * up0 @ (down0 @ dropout(x)) )  +  bias
+        +  scaling * shift
 
 A method only says what its factors are; forward, backward, merge and export follow from them here, once, for all methods.
 
@@ -47,6 +48,7 @@ class Factors:
     core: Tensor | None = None  # (rank,) diagonal, or (rank, rank)
     tail: Tensor | None = None  # (out,)
     scaling: float = 1.0
+    shift: Tensor | None = None  # (out,), scaled and added to the output, outside of any gain
 
     def effective_up(self) -> Tensor:
         """scaling * diag(tail) @ up @ core, (out, rank): what stands left of `down`."""
@@ -429,5 +431,10 @@ def operate(
         )
     bias = storage.bias(layer)
     if form_of(storage, x) == "fused":
-        return fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared, route)
-    return reference_form(x, layer, bias, factors, start, gain, dropout, token_core, route)
+        y = fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared, route)
+    else:
+        y = reference_form(x, layer, bias, factors, start, gain, dropout, token_core, route)
+    if factors is None or factors.shift is None:
+        return y
+    shift = factors.scaling * factors.shift
+    return y + (shift if route is None else route.to(shift.dtype) * shift).to(y.dtype)

@@ -16,16 +16,19 @@ from rankwise.recipe import Recipe, _coerce
 from rankwise.routing import PromptRouting
 from rankwise.schedules import AdaLoraBudget, GaloreFolding, LoraDrop, Rounds, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import AttentionMixture, Deep, Experts, Mixer, NoUpdate, Projected, Svd, Vera
+from rankwise.updates import AttentionMixture, Deep, Experts, LowRank, Mixer, NoUpdate, Projected, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
     return Recipe(**defaults | {key: _coerce(key, value) for key, value in fields.items()})
 
 
-def lora(**fields: Any) -> Recipe:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685). rsLoRA is `scaling='rslora'`, alpha over the square root of the rank."""
-    return _recipe(fields, name="lora")
+def lora(bias: bool = False, **fields: Any) -> Recipe:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685). rsLoRA is `scaling='rslora'`, alpha over the square root of the rank.
+
+    `bias` trains a vector beside each pair, which is added to the layer's output.
+    """
+    return _recipe(fields, name="lora", update=LowRank(bias))
 
 
 def rslora(**fields: Any) -> Recipe:

@@ -94,6 +94,7 @@ class AdaptedLinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
+        self.kept_bias: tuple[nn.Parameter, ...] = ()  # the base's bias while merged, where the update has one of its own
         self.kept_layer: tuple[nn.Module, ...] = ()  # the base layer itself, where merging put a dense one in its place
         self.original: Tensor | None = None  # the base weight on the CPU before a schedule wrote into it; None if it never does
         self.written = False  # whether a schedule has written into the base weight
@@ -191,6 +192,20 @@ class AdaptedLinear(nn.Module):
         if delta is not None:
             weight = weight + delta.to(weight.dtype)
         return weight if gain is None else weight * gain.to(weight.dtype)[:, None]
+
+    @torch.no_grad()
+    def merged_bias(self) -> Tensor | None:
+        """bias + scaling * shift, (out,), in fp32 at least; None where the update shifts nothing, so that the bias stays as it is."""
+        factors = None if self.update is None else self.update.factors()
+        if factors is None or factors.shift is None:
+            return None
+        if self.bias is None:
+            raise TargetError(
+                f"{self.site.name} cannot be merged: its update adds a trained bias (bias=True), and the layer has none to hold it; keep "
+                "the adapter beside the base"
+            )
+        wide = torch.promote_types(self.bias.dtype, torch.float32)
+        return self.bias.to(wide) + (factors.scaling * factors.shift).to(wide)
 
     # what other code reads of a linear layer
     @property

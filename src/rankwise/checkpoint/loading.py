@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from rankwise.adapting import Stored, build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
+from rankwise.checkpoint.peft_fields import DEFAULTS
 from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, gate_keys, is_stacked, pool_keys, shapes
-from rankwise.checkpoint.peft_reader import recipe_of, without_base_copies
+from rankwise.checkpoint.peft_reader import understand
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
 from rankwise.importance import Importance
@@ -46,7 +47,8 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False, tasks: int
     """Puts a saved adapter on its base, in place, and returns the adapted model.
 
     On the same base the model computes bit for bit what it did when it was saved; factors and starts come from the file, so no
-    decomposition is run. Folders that PEFT wrote (LoRA, rsLoRA, DoRA, VeRA) load too.
+    decomposition is run. Folders that PEFT wrote (LoRA and its kin, DoRA, VeRA, AdaLoRA) load too
+    (docs/peft.md).
 
     Args:
         base: the model that the adapter was trained on, not adapted. It is not touched when an error is raised.
@@ -112,6 +114,12 @@ def _check_folder(folder: Path) -> None:
     pickled = folder / "adapter_model.bin"
     if not (folder / WEIGHTS).exists() and pickled.exists():
         raise CheckpointError(f"{pickled} is a pickle, which is never loaded; load it with PEFT and save_pretrained it as safetensors")
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if inside and not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG}, and its sub-directories {', '.join(inside)} do: PEFT saves an adapter of another name than "
+            f"'default' there; give one of them, such as {folder / inside[0]}"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}: the adapter is incomplete; copy or save the whole folder again")
@@ -254,19 +262,20 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
     peft_type = config.get("peft_type")
     if peft_type == NATIVE:
         raise CheckpointError(f"{folder} holds no {NATIVE_FILE}: the adapter is incomplete; copy or save the whole folder again")
-    if peft_type not in ("LORA", "VERA"):
+    if not isinstance(peft_type, str) or peft_type not in DEFAULTS:
         raise CheckpointError(
-            f"{folder / CONFIG} has peft_type={peft_type!r}, and of PEFT's types LORA and VERA are read here; merge it with PEFT "
+            f"{folder / CONFIG} has peft_type={peft_type!r}, and of PEFT's types {', '.join(DEFAULTS)} are read here; merge it with PEFT "
             "(merge_and_unload) and use the merged model as the base"
         )
     try:
-        recipe = recipe_of(config, base, [key for key in tensors if key.startswith(PREFIX)])
+        found = understand(config, base, tensors)
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
-    made = plan(base, recipe)
-    tensors = without_base_copies(tensors, base, [name for name, _ in made.trained_modules])
+    made = plan(base, found.recipe).resized(found.ranks)
+    tensors = found.complete(base, made.sites)
     with_projections = peft_type == "VERA" and bool(config.get("save_projection", True))
-    return _Opened(folder, str(peft_type), recipe, made, tensors, None, with_projections, (f"loaded from a folder of PEFT, {folder}",))
+    notes = (f"loaded from a folder of PEFT, {folder}", *found.notes)
+    return _Opened(folder, found.peft_type, found.recipe, made, tensors, None, with_projections, notes)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The fields of PEFT's adapter_config.json for LoRA and VeRA, their defaults, and which of them change what an adapter computes."""
+"""The fields of PEFT's adapter_config.json for LoRA, AdaLoRA and VeRA, their defaults, and which of them change what is computed."""
 
 from typing import Any
 
@@ -73,31 +73,48 @@ ADALORA_DEFAULTS: dict[str, Any] = LORA_DEFAULTS | {
     "total_step": None,
 }
 
-#: read, and taken over into the recipe
+#: the types that are read here
+DEFAULTS: dict[str, dict[str, Any]] = {"LORA": LORA_DEFAULTS, "ADALORA": ADALORA_DEFAULTS, "VERA": VERA_DEFAULTS}
+
+_TARGETS = frozenset({"target_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
+
+#: read, and taken over into the recipe or looked into below
 READ: dict[str, frozenset[str]] = {
-    "LORA": frozenset({
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "r", "lora_alpha", "rank_pattern",
-        "alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights",
-    }),
-    "VERA": frozenset({
-        "target_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "r", "d_initial", "projection_prng_key",
-        "save_projection", "vera_dropout",
-    }),
+    "LORA": _TARGETS | {
+        "exclude_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora",
+        "init_lora_weights", "lora_bias", "trainable_token_indices", "bias", "ensure_weight_tying",
+    },
+    "ADALORA": _TARGETS | {
+        "exclude_modules", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "lora_alpha",
+        "rank_pattern", "lora_dropout", "trainable_token_indices", "bias", "ensure_weight_tying",
+    },
+    "VERA": _TARGETS | {"r", "d_initial", "projection_prng_key", "save_projection", "vera_dropout", "bias"},
 }  # fmt: skip
 
 #: may have any value: what they say is known otherwise, or has no effect on a trained adapter
 HARMLESS = frozenset({
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "fan_in_fan_out",
-    "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "init_weights",
+    "megatron_core", "qalora_group_size", "runtime_config", "init_weights",
+    # what a start was made from; whether it moved the base is said by init_lora_weights
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 })  # fmt: skip
+
+#: fields of LoRA that PEFT's AdaLoRA has and never looks at; total_step is for whoever runs the steps
+UNUSED: dict[str, frozenset[str]] = {
+    "ADALORA": frozenset({"r", "use_rslora", "alpha_pattern", "lora_bias", "init_lora_weights", "total_step"})
+}
 
 #: values of init_lora_weights that leave the base as it is
 STARTS_KEEPING_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
+#: values that move the base by a pair which follows from the base weight alone, so that PEFT's loader and this one can make it again
+STARTS_MADE_AGAIN = ("pissa", "olora")
+
 #: what to do about a field that has no counterpart here
+MERGE = "merge it with PEFT (merge_and_unload) and use the merged model as the base"
+CONVERT = "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), where it was trained"
 REMEDIES = {
-    "bias": "train it again with bias='none', or merge it with PEFT and use the merged model as the base",
-    "lora_bias": "merge it with PEFT (merge_and_unload) and use the merged model as the base",
-    "trainable_token_indices": "merge it with PEFT (merge_and_unload) and use the merged model as the base",
+    "target_parameters": f"its adapters stand on parameters that no linear layer holds; {MERGE}",
+    "ensure_weight_tying": MERGE,
 }
-REMEDY = "merge it with PEFT (merge_and_unload) and use the merged model as the base, or train it again without"
+REMEDY = f"{MERGE}, or train it again without"

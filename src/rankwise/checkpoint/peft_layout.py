@@ -62,6 +62,8 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
         return NATIVE, f"PEFT's modules_to_save cannot name {', '.join(heads)} without other modules"
     if recipe.gain.name not in (("none", "dora") if wanted == "LORA" else ("none",)):
         return NATIVE, f"PEFT has no gain={recipe.gain.name!r} over update={recipe.update.name!r}"
+    if recipe.gain.name != "none" and any("shift" in recipe.update.slots(site) for site in sites):
+        return NATIVE, f"PEFT has no trained bias with gain={recipe.gain.name!r}"
     if recipe.moves_base and wanted != "LORA":
         return NATIVE, f"PEFT has no start of its own over update={recipe.update.name!r}"
     if reason := recipe.update.peft_reason(sites):
@@ -204,7 +206,7 @@ def config_of(model: nn.Module, plan: Plan, peft_type: str, names: Collection[st
         "lora_dropout": recipe.dropout,
         "use_rslora": recipe.scaling == "rslora",
         "use_dora": recipe.gain.name == "dora",
-    }  # fmt: skip
+    } | recipe.update.peft_fields(plan.sites, recipe.rank)  # fmt: skip
 
 
 def _number(value: float) -> float:

@@ -92,6 +92,8 @@ def _pair(module: AdaptedLinear, recompress: bool, mixture: Mixture | None) -> t
     if module.gain is not None:
         raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")
     assert module.update is not None
+    if module.update.factors().shift is not None:
+        raise CheckpointError(f"{name} adds a trained bias (bias=True), which other readers of a plain LoRA do not take; merge the adapter")
     if module.written and module.ledger is None:
         raise CheckpointError(
             f"the base weight of {name} was trained too, and no ledger says what was folded into it; merge the adapter instead, or train "

@@ -18,7 +18,7 @@ from rankwise.equation import Factors
 from rankwise.errors import RecipeError
 from rankwise.updates.base import Site, Slot, Update, UpdateChoice
 
-_PEFT_EPSILON = 1e-5  # PEFT and the official code divide alpha by rank + 1e-5
+PEFT_EPSILON = 1e-5  # PEFT and the official code divide alpha by rank + 1e-5
 
 
 class SvdUpdate(Update):
@@ -97,7 +97,7 @@ class Svd(UpdateChoice):
         return {
             "init_r": longest,
             # chosen so that what PEFT divides by gives our scaling
-            "lora_alpha": sites[0].scaling * (longest + _PEFT_EPSILON),
+            "lora_alpha": sites[0].scaling * (longest + PEFT_EPSILON),
             "rank_pattern": pattern if any(site.rank != longest for site in sites) else None,
             "target_r": max(1, round(sum(site.rank for site in sites) / len(sites))),
             "total_step": 1,  # PEFT asks for one, also where nothing is trained any more
