@@ -178,6 +178,7 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     model = loaded.model
     steps = total_steps(config, len(data.train))
     scores = scorer(config, data, model)
+    held_out = validation_batches(config, data) if model.rankwise.recipe.routing.wants_validation else None
     # first: a schedule that does not fit the length of the run says so before anything is measured
     optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps, validation=held_out)
     before = _before(run, model, scores)
@@ -188,7 +189,6 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     found = run.checkpoint()
     if found:
         say(console, f"Resuming {run.root} from its checkpoint at step {found[1]} of {steps}")
-    held_out = validation_batches(config, data) if model.rankwise.recipe.routing.wants_validation else None
     with Progress(console, steps) as progress:
         recorder = Recorder(run, found[1] if found else 0, progress)
         trainer = _trainer(config, run, data, loaded, optimizer, steps)

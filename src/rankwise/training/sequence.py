@@ -69,9 +69,10 @@ def train_sequence(config: Config, run: RunFolder, mine: Mapping[str, Any], new:
     if new:
         begin(run, config, mine, plan, {task: each.report() for task, each in data.items()})
     score = {task: scorers(configs[task], each, model)["task"] for task, each in data.items()}
+    # first: a schedule that does not fit the length of the run says so before anything is measured
+    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=sum(steps.values()))
     before = _before(run, model, lambda: {task: each() for task, each in score.items()})
     console.print(scores_table(before))
-    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=sum(steps.values()))
     at = next((index for index, part in enumerate(parts) if found and found[0].is_relative_to(part.root)), 0)
     rows = [_done(part) for part in parts[:at]]
     session: Any = None
