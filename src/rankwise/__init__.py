@@ -26,6 +26,7 @@ _HOME = {
     "galore_groups": "rankwise.galore",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
+    "export": "rankwise.training.exporting",
     "RankwiseError": "rankwise.errors",
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "adapt",
     "attach",
     "disabled",
+    "export",
     "galore_groups",
     "load",
     "merge",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from rankwise.optim import attach, optimizer
     from rankwise.planning import Plan, plan, summary
     from rankwise.recipe import Recipe, Targets
+    from rankwise.training.exporting import export
 
 
 def __getattr__(name: str) -> Any:

@@ -143,8 +143,25 @@ def merge(
 
     quiet()
     done = write(adapter, output, model)
-    print(f"merged into {done['folder']} in {done['dtype']}; loaded again, its logits on a prompt are those that were merged, and differ")
-    print(f"from the adapter's by {done['difference']:.1e} of the largest one (rounding of the weights; {done['tolerance']:g} is allowed)")
+    print(f"merged into {done['folder']} in {done['dtype']}\n{done['proof'].text()}")
+
+
+@_command
+def export(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the new folder")],
+    format: Annotated[str, typer.Option(help="lora (any server), peft, merged, or gguf-lora (llama.cpp)")] = "lora",
+    rank: Annotated[int | None, typer.Option(help="cut each layer's change to a rank")] = None,
+    energy: Annotated[float | None, typer.Option(help="keep this part of each change's squared norm, such as 0.99")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the base's own")] = None,
+    model: Base = None,
+) -> None:
+    """Write an adapter in the form that other software takes, loaded again and compared before it says done."""
+    from rankwise.training.exporting import export as write
+    from rankwise.training.quiet import quiet
+
+    quiet()
+    print(write(adapter, output, format, model, rank, energy, dtype).text())  # pyright: ignore[reportArgumentType]
 
 
 @_command
