@@ -147,12 +147,10 @@ def read_gguf(path: Path, model: Any, sites: Mapping[str, Any]) -> dict[str, tup
         if fields.get(key) != value:
             raise CheckpointError(f"{path}: {key} is {fields.get(key)!r}, and must be {value!r}")
     alpha = float(fields["adapter.lora.alpha"])
-    tensors = {
-        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(
-            tuple(int(n) for n in tensor.shape[::-1])
-        )
-        for tensor in reader.tensors
-    }
+    tensors: dict[str, Tensor] = {}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        tensors[tensor.name] = values.reshape(tuple(int(size) for size in tensor.shape[::-1]))
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for site, name in names_of(model, sites).items():
         try:

@@ -126,7 +126,7 @@ def dense_change(module: AdaptedLinear) -> Tensor:
         original = module.original.to(merged.device)
     elif module.written:
         raise CheckpointError(
-            f"the training has written into {module.site.name}, and the original weight was not kept (original='drop'); export it merged, and "
+            f"the training has written into {module.site.name}, and the original weight was not kept; export it merged, and "
             "then take the difference of the two folders: rankwise extract BASE MERGED OUTPUT"
         )
     elif module.folded and module.offset is not None:

@@ -2,8 +2,8 @@
 
     y = W x + bias + lora_alpha / r * lora_B (lora_A x)
 
-Written apart from `load` on purpose: it knows no pattern, no rank-stabilized scale and no recipe, so an export whose numbers need one of them
-does not pass its proof.
+Written apart from `load` on purpose: it knows no pattern, no rank-stabilized scale and no recipe, so an export whose numbers need one of
+them does not pass its proof.
 """
 
 import json

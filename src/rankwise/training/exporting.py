@@ -186,6 +186,7 @@ def _written(work: _Work, output: Path, format: str, rank: int | None, energy: f
 
     model: Any = work.model
     record, about = model.rankwise, facts(model)
+    sidecar: dict[str, Any] = {}
     kind = next(model.parameters()).dtype
     method = method_lines(record.recipe, record.plan.sites)
     trained = logits_on(model, work.batches)
