@@ -14,6 +14,7 @@ import rankwise as rw
 from rankwise.errors import CheckpointError
 from rankwise.recipe import Recipe
 from rankwise.recipes import RECIPES
+from rankwise.routing.context import takes_context
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.storage.nf4_codes import dequantize, quantize
 
@@ -35,8 +36,15 @@ def _base(name: str) -> nn.Module:
     )
 
     torch.manual_seed(11)
-    if name == "llama":
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if name in ("llama", "deep llama"):
+        layers = 2 if name == "llama" else 4
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, initializer_range=0.2, **sizes)).eval()
     if name == "llama of nf4 levels":
         # weights that 4 bits hold exactly, so that a reader with a dense base computes the same
@@ -63,12 +71,17 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
+def prompt_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a call without labels must say to a model that routes by prompt; nothing for the others."""
+    return {"prompt_mask": torch.ones_like(IDS)} if takes_context(model) else {}
+
+
 def train(model: nn.Module, steps: int = 3, lr: float = 2e-2) -> nn.Module:
     """A few AdamW steps, so that no factor is zero any more."""
     optimizer = rw.optimizer(model, lr=lr, total_steps=steps)
     model.train()
     for step in range(steps):
-        out = model(input_ids=IDS.roll(step, 1)).logits
+        out = model(input_ids=IDS.roll(step, 1), **prompt_of(model)).logits
         target = IDS if out.dim() == 3 else torch.tensor([0, 2])
         nn.functional.cross_entropy(out.flatten(0, -2), target.flatten()).backward()
         optimizer.step()
@@ -130,6 +143,21 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "rosa without a ledger": ("llama", lambda: rw.recipes.rosa(rank=4, ledger=False), "RANKWISE"),
     "rosa with a master": ("llama", lambda: rw.recipes.rosa(rank=4, master="fp32"), "RANKWISE"),
     "gpt2 rosa": ("gpt2", _named("rosa"), "RANKWISE"),
+    "lora-drop": ("deep llama", lambda: rw.recipes.lora_drop(rank=4, threshold=0.3), "RANKWISE"),
+    "lora-drop that removes": ("deep llama", lambda: rw.recipes.lora_drop(rank=4, threshold=0.3, drop="remove"), "LORA"),
+    "lora-drop dora on pissa": (
+        "deep llama",
+        lambda: rw.recipes.pissa(rank=4, gain="dora", schedule={"name": "lora-drop", "threshold": 0.3}),
+        "RANKWISE",
+    ),
+    "lora-drop pissa fold": (
+        "deep llama",
+        lambda: rw.recipes.pissa(rank=4, base="fold", schedule={"name": "lora-drop", "threshold": 0.3}),
+        "RANKWISE",
+    ),
+    "am-lora": ("llama", _named("am-lora"), "RANKWISE"),
+    "loramoe": ("llama", lambda: rw.recipes.loramoe(rank=2, experts=3), "RANKWISE"),
+    "milora-mixture": ("llama", lambda: rw.recipes.milora_mixture(rank=4, theta_mode="joint"), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),

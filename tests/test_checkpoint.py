@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import CASES, FILES, IDS, adapted, base, logits, refused, relative, tensors_of, train, trained
+from checkpoint_models import CASES, FILES, IDS, adapted, base, logits, prompt_of, refused, relative, tensors_of, train, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -256,7 +256,7 @@ def test_a_run_resumes_bit_for_bit(case: str, way: str, tmp_path: Path) -> None:
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, k: int) -> None:
         model.train()
         torch.manual_seed(k)  # BERT's own dropout
-        model(input_ids=IDS.roll(k, 1)).logits.square().mean().backward()
+        model(input_ids=IDS.roll(k, 1), **prompt_of(model)).logits.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

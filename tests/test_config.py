@@ -51,6 +51,8 @@ def test_pissa_keeps_alpha_at_the_rank() -> None:
         ("gain=dora", "write method.gain"),
         ("data.tran=x", "did you mean 'data.train'"),
         ("method=lroa", "did you mean 'lora'"),
+        ("method=prefix-tuning", "prefix, prompt and P-tuning and bottleneck adapters are out of scope"),
+        ("method=p_tuning", "out of scope"),
         ("method.ratio=3", "has no option 'ratio'"),
         ("method.rank=x", "method.rank='x' is not valid"),
         ("rank=0", "rank=0 is not valid"),

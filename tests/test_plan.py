@@ -104,8 +104,11 @@ class Untouched(TorchDispatchMode):
 def test_plan_touches_no_tensor(name: str) -> None:
     model = llama()
     before = list(model.modules())
+    recipe = rw.recipes.RECIPES[name]()
+    if recipe.update.rank_bounded:
+        recipe = recipe.replace(rank=min(recipe.rank, 16))  # the smallest side here
     with Untouched():
-        plan = rw.plan(model, rw.recipes.RECIPES[name]())
+        plan = rw.plan(model, recipe)
         text = str(plan)
         assert plan.memory
         assert plan.saved_bytes_per_token() > 0

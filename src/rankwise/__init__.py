@@ -14,6 +14,10 @@ _HOME = {
     "Plan": "rankwise.planning",
     "plan": "rankwise.planning",
     "summary": "rankwise.planning",
+    "Importance": "rankwise.importance",
+    "allocate": "rankwise.importance",
+    "measure": "rankwise.importance",
+    "probe": "rankwise.probing",
     "adapt": "rankwise.adapting",
     "disabled": "rankwise.adapting",
     "reference": "rankwise.adapting",
@@ -24,6 +28,7 @@ _HOME = {
     "attach": "rankwise.optim",
     "GaLore": "rankwise.galore",
     "galore_groups": "rankwise.galore",
+    "next_task": "rankwise.optim",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
     "export": "rankwise.training.exporting",
@@ -32,20 +37,25 @@ _HOME = {
 
 __all__ = [
     "GaLore",
+    "Importance",
     "Plan",
     "RankwiseError",
     "Recipe",
     "Targets",
     "__version__",
     "adapt",
+    "allocate",
     "attach",
     "disabled",
     "export",
     "galore_groups",
     "load",
+    "measure",
     "merge",
+    "next_task",
     "optimizer",
     "plan",
+    "probe",
     "recipes",
     "reference",
     "save",
@@ -60,8 +70,10 @@ if TYPE_CHECKING:
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
     from rankwise.galore import GaLore, galore_groups
-    from rankwise.optim import attach, optimizer
+    from rankwise.importance import Importance, allocate, measure
+    from rankwise.optim import attach, next_task, optimizer
     from rankwise.planning import Plan, plan, summary
+    from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets
     from rankwise.training.exporting import export
 

@@ -13,11 +13,13 @@ from rankwise.calibration import beginnings
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
-from rankwise.inits import Beginning, site_generator
+from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
+from rankwise.routing import GATE, Block
+from rankwise.routing.context import Meter, install, uninstall
 from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of
@@ -35,6 +37,7 @@ class Adapted:
     trainable: dict[str, bool]  # base parameter name -> requires_grad before
     notes: list[str] = field(default_factory=list)
     held_fingerprint: str | None = None  # of the base as the storage holds it, where that is another form of the same weights
+    meter: Meter = field(default_factory=Meter)  # of the losses that are attached to the graph
     untied_config: bool = False  # merging untied weights, and said so in the model's config
 
 
@@ -61,22 +64,43 @@ def adapted(model: nn.Module) -> Adapted:
     return record
 
 
-def adapt(model: nn.Module, recipe: Recipe, calibration: Iterable[Mapping[str, Tensor]] | None = None) -> nn.Module:
+def adapt(model: nn.Module, recipe: Recipe | Plan, calibration: Iterable[Mapping[str, Tensor]] | None = None) -> nn.Module:
     """Puts adapters on a model in place, freezes everything else, and returns the model.
 
     Args:
         model: the base, weights loaded. Dtype and device stay; adapters are fp32 masters (fp64 on an fp64 base) beside their weights.
-        recipe: what to put where.
+        recipe: what to put where; or a plan of this model, such as `allocate` has changed, which is built as it stands.
         calibration: batches (dicts of tensors, as the model takes them; with labels where gradients are needed) for inits that ask for
-            statistics: LoRA-GA, CorDA. Other inits do not read them.
+            statistics (LoRA-GA, CorDA) and schedules that probe (LoRA-drop). Other choices do not read them.
 
     Raises:
-        TargetError, RecipeError: as `plan`.
-        CalibrationError: calibration data that the init needs is missing, too small, or gives statistics that are no numbers.
+        TargetError, RecipeError: as `plan`; a plan of another model.
+        CalibrationError: calibration data that is needed is missing, too small, or gives statistics that are no numbers.
     """
-    made = plan(model, recipe)
-    begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, calibration)
-    return build(model, recipe, made, begun=begun)
+    made = _fitting(model, recipe) if isinstance(recipe, Plan) else plan(model, recipe)
+    recipe = made.recipe
+    batches = None if calibration is None else list(calibration)
+    begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, batches)
+    warm: Mapping[str, Mapping[str, Tensor]] = {}
+    if recipe.schedule.sample is not None and made.importance is None:
+        allocation = recipe.schedule.allocate(model, made, batches, begun)
+        made, warm = allocation.plan, allocation.warm
+    build(model, recipe, made, begun=begun)
+    sites = adapted_sites(model)
+    with torch.no_grad():
+        for name, values in warm.items():
+            for key, value in values.items():
+                sites[name].get_parameter(key).copy_(value)
+    return model
+
+
+def _fitting(model: nn.Module, made: Plan) -> Plan:
+    """The plan, if its sites are among those that its recipe finds in this model."""
+    here = {site.name: site for site in plan(model, made.recipe).sites}
+    for site in made.sites:
+        if site.name not in here or replace(here[site.name], owner=site.owner, rank=site.rank) != site:
+            raise TargetError(f"the plan was made for another model: {site.name} is not as it says; call rankwise.plan on this one")
+    return made
 
 
 def shared_part(model: nn.Module, recipe: Recipe, made: Plan) -> nn.Module | None:
@@ -92,6 +116,7 @@ def build(
     stored: Mapping[str, Stored] | None = None,
     shared: nn.Module | None = None,
     begun: Mapping[str, Beginning] | None = None,
+    gates: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Builds the adapters of a plan.
 
@@ -102,6 +127,7 @@ def build(
         stored: site name -> tensors from a file, instead of the recipe's init: no decomposition is run, no number is drawn.
         shared: what `shared_part` made, where the caller had to look at it first.
         begun: site name -> starting pair, of an init that needed calibration.
+        gates: block name -> slot name -> tensor, from a file.
     """
     from rankwise.checkpoint.fingerprint import base_fingerprint, held_fingerprint
 
@@ -119,11 +145,17 @@ def build(
     modules = dict(model.named_modules())
     record.held_fingerprint = held_fingerprint(modules, made)
     projections = _shared_projections(recipe, made.sites)
+    places = {site: (block.name, column) for block in made.blocks for column, site in enumerate(block.sites)}
     late = set(made.held) if needs_dense(recipe) else set()
-    for position, site in enumerate(made.sites):
+    built: dict[str, AdaptedLinear] = {}
+    for position, site in enumerate(sorted(made.sites, key=lambda site: bool(site.owner))):  # owners first
         layer = modules[site.name]
         given = None if stored is None else stored[site.name]
-        adapter = _adapter(layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late)
+        owner = built[site.owner] if site.owner else None
+        adapter = built[site.name] = _adapter(
+            layer, site, recipe, shared, projections.get(site.group), given, record.notes, begun, late, owner
+        )
+        adapter.place = places.get(site.name)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
         _replace(model, site.name, adapter)
@@ -134,8 +166,26 @@ def build(
         for parameter in trained.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         _replace(model, name, TrainedModule(base, trained, name))
+    for block in made.blocks:
+        _gate(model, block, recipe, None if gates is None else gates[block.name])
+    if recipe.reads_context:
+        install(model)
     model.rankwise = record  # type: ignore[assignment]
     return model
+
+
+def _gate(model: nn.Module, block: Block, recipe: Recipe, stored: Mapping[str, Tensor] | None) -> None:
+    assert recipe.routing.module is not None
+    first = model.get_submodule(block.sites[0])
+    assert isinstance(first, AdaptedLinear)
+    device, dtype = placement(first.base_layer)
+    gate = recipe.routing.module(recipe.routing, block, recipe.frozen_roles, device, torch.promote_types(dtype, torch.float32))
+    if stored is None:
+        gate.begin(site_generator(recipe.seed, f"{block.name}.{GATE}"))
+    else:
+        gate.put(**stored)
+    module = model.get_submodule(block.name)
+    module.register_module(GATE, gate.train(module.training))
 
 
 def _shared_projections(recipe: Recipe, sites: Iterable[Site]) -> dict[str, SharedProjection]:
@@ -158,6 +208,7 @@ def _adapter(
     notes: list[str],
     made: Mapping[str, Beginning] | None,
     late_sites: Collection[str],
+    owner: AdaptedLinear | None,
 ) -> AdaptedLinear:
     device, dtype = placement(layer)
     masters = torch.promote_types(dtype, torch.float32)
@@ -167,9 +218,9 @@ def _adapter(
     rewrites = recipe.schedule.rewrites_base
     untouched = storage.read(layer).to("cpu", copy=True) if rewrites and recipe.schedule.original == "keep" else None
     original = storage.read(layer) if late and recipe.gain.needs_original else None
-    update = None
-    offset = None
-    if recipe.update.module is not None:
+    update = None if owner is None else owner.update
+    offset = None if owner is None else owner.offset
+    if owner is None and recipe.update.module is not None:
         update = recipe.update.module(recipe.update, site, recipe.frozen_roles, device, masters, shared)
         if stored is not None:
             update.put(**stored.update)
@@ -181,7 +232,7 @@ def _adapter(
                 begun = made[site.name]
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
-                begun = recipe.init.begin(site, weight, None, generator)
+                begun = stacked_beginnings([recipe.init.begin(site, weight, None, generator) for _ in range(site.experts)])
                 for _ in range(recipe.storage.iterations - 1 if late else 0):
                     begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
@@ -489,6 +540,7 @@ def unadapt(model: nn.Module) -> nn.Module:
         _replace(model, name, base)
     for name, trained in trained_modules(model).items():
         _replace(model, name, trained.base_layer)
+    uninstall(model)
     _thaw(model, record)
     return model
 

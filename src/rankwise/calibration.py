@@ -57,9 +57,10 @@ def beginnings(
     """
     ask = recipe.init.calibration
     assert ask is not None
-    batches = _batches(model, recipe, calibration)
+    why = f"init={recipe.init.name!r} starts from the {ask.kind} on real data"
+    batches = checked_batches(model, calibration, why, ask.kind != "covariance")
     begun: dict[str, Beginning] = {}
-    with _untouched(model):
+    with untouched(model):
         shared = _distinct_inputs(model, sites, batches[0])
         for chunk in chunks(units(sites, ask, shared), budget, sites[0].element):
             gathered = _gather(model, chunk, ask, batches, recipe.seed)
@@ -138,23 +139,25 @@ def note(ask: Calibration, sites: Sequence[Site], budget: int = BUDGET) -> str:
 # --- batches and the model's state -----------------------------------------------------------------------------------------------------
 
 
-def _batches(model: nn.Module, recipe: Recipe, calibration: Iterable[Batch] | None) -> list[dict[str, Any]]:
-    ask = recipe.init.calibration
-    given = [] if calibration is None else list(calibration)
-    if not given:
-        what = "is missing" if calibration is None else "holds no batch"
+def checked_batches(model: nn.Module, given: Iterable[Batch] | None, why: str, needs_loss: bool) -> list[dict[str, Any]]:
+    """The batches in a list, on the model's device.
+
+    Raises CalibrationError where there are none, with the reason `why` they are needed, or one has no loss where that is needed.
+    """
+    found = [] if given is None else list(given)
+    if not found:
+        what = "is missing" if given is None else "holds no batch"
         raise CalibrationError(
-            f"calibration {what}, and init={recipe.init.name!r} starts from the {ask.kind if ask else ''} on real data; pass "
-            "calibration=[batch, ...] to adapt, each a dict of tensors as the model takes them (rankwise train takes rows of the "
-            "training data by itself)"
+            f"calibration {what}, and {why}; pass calibration=[batch, ...] to adapt, each a dict of tensors as the model takes them "
+            "(rankwise train takes rows of the training data by itself)"
         )
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     made: list[dict[str, Any]] = []
-    for index, batch in enumerate(given):
+    for index, batch in enumerate(found):
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"calibration[{index}] is a {type(batch).__name__}; give a dict of tensors as the model takes them")
-        if ask is not None and ask.kind != "covariance" and _with_loss(batch) == 0:
+        if needs_loss and _with_loss(batch) == 0:
             raise CalibrationError(f"calibration[{index}] has no token with a loss: all its labels are -100; leave it out")
         made.append({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
     return made
@@ -171,7 +174,7 @@ def _with_loss(batch: Batch) -> int:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Within the block the model evaluates and nothing of it asks for gradients; afterwards all is as before, random state included."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -279,13 +282,14 @@ def _sum_gradients(model: nn.Module, sums: Mapping[Unit, Sum], batches: Sequence
     with torch.enable_grad(), _hooked(model, taps):
         for batch in batches:
             facts[0] = Facts(batch, _with_loss(batch) / total)
-            loss = _loss_of(model(**batch))
+            loss = loss_of(model(**batch))
             if loss.requires_grad:  # else no site of this chunk was called
                 loss.backward()
             del loss
 
 
-def _loss_of(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
+    """The loss that a model returned. Raises CalibrationError where there is none."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise CalibrationError(

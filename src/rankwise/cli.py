@@ -154,6 +154,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="cut each layer's change to a rank")] = None,
     energy: Annotated[float | None, typer.Option(help="keep this part of each change's squared norm, such as 0.99")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the base's own")] = None,
+    static: Annotated[bool, typer.Option("--static", help="hold a mixture's gates at their mean: an approximation")] = False,
     model: Base = None,
 ) -> None:
     """Write an adapter in the form that other software takes, loaded again and compared before it says done."""
@@ -161,7 +162,41 @@ def export(
     from rankwise.training.quiet import quiet
 
     quiet()
-    print(write(adapter, output, format, model, rank, energy, dtype).text())  # pyright: ignore[reportArgumentType]
+    print(write(adapter, output, format, model, rank, energy, dtype, static).text())  # pyright: ignore[reportArgumentType]
+
+
+@_command
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="model that the training began from")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="the trained model")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the new folder")],
+    rank: Annotated[int | None, typer.Option(help="ranks of each layer")] = None,
+    energy: Annotated[float | None, typer.Option(help="keep this part of each layer's squared norm")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the trained model's own")] = None,
+) -> None:
+    """Take the difference of two models as a low-rank adapter, and measure how near it comes."""
+    from rankwise.training.extracting import extract as take
+    from rankwise.training.quiet import quiet
+
+    quiet()
+    print(take(base, tuned, output, rank, energy, dtype).text())
+
+
+@_command
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="a base, an adapter, a run or a merged folder")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    model: Base = None,
+) -> None:
+    """Compare the logits of two of: base, adapter, merged folder. Exits with 1 where they are not the same."""
+    from rankwise.training.quiet import quiet
+    from rankwise.training.verifying import verify as compare
+
+    quiet()
+    found = compare(a, b, model)
+    print(found.text())
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @_command

@@ -13,7 +13,8 @@ functions:
 
 Saved for the backward: x if `down` trains, h if anything behind it trains, the pre-gain output if the gain trains; parameters by reference;
 no dropout mask (it is drawn again from a seed) and no product of factors (made again, rank-sized work). A token core runs under plain
-autograd between `project` and `combine`. `form_of` is the fixed rule that picks the form.
+autograd between `project` and `combine`, as does a route: a number for each sample that multiplies the whole update, its start too.
+`form_of` is the fixed rule that picks the form.
 
 A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equals  up down x - up0 down0 x  and is exactly zero, in every
 dtype, while the factors stand where they started.
@@ -308,24 +309,31 @@ def fused_form(
     dropout: float = 0.0,
     token_core: TokenCore | None = None,
     shared: "SharedMember | None" = None,
+    route: Tensor | None = None,
 ) -> Tensor:
     """y (..., out) for x (..., in), over a frozen base known by its storage. Same value and gradients as `reference_form`."""
     if factors is None:
         y = _Base.apply(x, bias, storage, *weights)
     elif shared is not None:
         y = _Base.apply(x, bias, storage, *weights)
-        h = shared.project(x, factors.down, y.dtype, dropout)
+        h = _routed(shared.project(x, factors.down, y.dtype, dropout), x, route)
         y = _Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling)
     else:
         seed = draw_seed() if dropout else 0
         start_down = None if start is None else start.down
         y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, dropout, seed, *weights)
         core = factors.core
+        h, moved = _routed(h, x, route), None if moved is None else _routed(moved, x, route)
         if token_core is not None:
             h, core = as_rows(token_core(x, h.view(*x.shape[:-1], -1))), None
         start_up = None if start is None else start.up
         y = _Combine.apply(y, h, moved, factors.up, core, factors.tail, start_up, factors.scaling)
     return y if gain is None else _Rescale.apply(y, gain, bias)
+
+
+def _routed(h: Tensor, x: Tensor, route: Tensor | None) -> Tensor:
+    """h (tokens, rank) of x (..., in), each row times its sample's number in `route`, which has as many dimensions as x."""
+    return h if route is None else (h.view(*x.shape[:-1], -1) * route.to(h.dtype)).view_as(h)
 
 
 class _Base(torch.autograd.Function):
@@ -354,6 +362,7 @@ def reference_form(
     gain: Tensor | None,
     dropout: float = 0.0,
     token_core: TokenCore | None = None,
+    route: Tensor | None = None,
 ) -> Tensor:
     """The same function in plain autograd, over any base layer: called once, branch added. x may be token ids (an embedding)."""
     y = base(x)
@@ -365,6 +374,7 @@ def reference_form(
         else:
             rows = x
         h = _times(rows, factors.down, y.dtype)  # (..., rank)
+        h = h if route is None else h * route.to(h.dtype)
         if token_core is None:
             up = factors.effective_up()
         else:
@@ -372,7 +382,8 @@ def reference_form(
         if start is not None:
             start_up = factors.scaling * start.up
             up = up - start_up
-            y = y + F.linear(_times(rows, factors.down - start.down, y.dtype), start_up.to(y.dtype))
+            moved = _times(rows, factors.down - start.down, y.dtype)
+            y = y + F.linear(moved if route is None else moved * route.to(moved.dtype), start_up.to(y.dtype))
         y = y + F.linear(h.to(y.dtype), up.to(y.dtype))
     return y if gain is None else rescale(y, gain, bias)
 
@@ -392,6 +403,7 @@ def operate(
     dropout: float = 0.0,
     token_core: TokenCore | None = None,
     shared: "SharedMember | None" = None,
+    route: Tensor | None = None,
 ) -> Tensor:
     """The operation: y (..., out) for x (..., in), or for token ids at an embedding.
 
@@ -405,6 +417,7 @@ def operate(
         dropout: probability on the branch's input, in training only (the caller passes 0 otherwise).
         token_core: (x, h) -> core . h for cores that depend on the token; h is (..., rank).
         shared: the site's handle on the projection shared by its group, whose members have the same frozen `down`.
+        route: what multiplies the whole update (its start too), one number a sample, (batch, 1, ...) with as many dimensions as x.
 
     Raises:
         RecipeError: a token core together with a start or a constant core.
@@ -416,5 +429,5 @@ def operate(
         )
     bias = storage.bias(layer)
     if form_of(storage, x) == "fused":
-        return fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared)
-    return reference_form(x, layer, bias, factors, start, gain, dropout, token_core)
+        return fused_form(x, storage, storage.tensors(layer), bias, factors, start, gain, dropout, token_core, shared, route)
+    return reference_form(x, layer, bias, factors, start, gain, dropout, token_core, route)

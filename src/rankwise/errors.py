@@ -39,4 +39,5 @@ class TrainingError(RankwiseError, RuntimeError):
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A ', did you mean ...?' clause for an unknown word, or an empty string when nothing known is close."""
     matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    matches.sort(key=lambda match: sorted(match) != sorted(word))  # letters that changed places are the likeliest slip
     return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

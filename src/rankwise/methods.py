@@ -4,9 +4,9 @@ import inspect
 import re
 from typing import Any, NamedTuple
 
-from rankwise.errors import ConfigError, nearest
+from rankwise.errors import ConfigError
 from rankwise.recipe import AXES
-from rankwise.recipes import RECIPES
+from rankwise.recipes import RECIPES, unknown
 
 
 class About(NamedTuple):
@@ -103,10 +103,31 @@ ABOUT: dict[str, About] = {
         "Take it when parameters are scarce and it is not known which layers need them; the run must have a known length.",
         "Starts at 1.5 times the final rank, keeps two averages of every adapter number while pruning, then cuts the ranks for real.",
     ),
+    "milora-mixture": About(
+        "Each block has a gate that reads the prompt once and switches on the LoRAs of the few layers that suit it.",
+        "Take it when one adapter should serve many tasks that differ by prompt, and generation must not route each token.",
+        "LoRA at every layer and a small gate a block; generated tokens are not routed, but a prompt must come whole and nothing merges.",
+    ),
+    "am-lora": About(
+        "Each task of a sequence trains a LoRA of its own; older ones stay frozen, and scores of the LoRAs' outputs mix them by token.",
+        "Take it when tasks come one after another and the earlier ones must not be forgotten, with no task named at inference.",
+        "Trains rank * (in + out) numbers a site and a selector of out + 1 a task; t tasks compute like one LoRA of t times the rank, "
+        "and cannot be merged.",
+    ),
+    "loramoe": About(
+        "Several pairs of thin matrices stand at each feed-forward layer, and a router weighs them for every token.",
+        "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
+        "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
+    ),
     "rosa": About(
         "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
         "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
         "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
+    ),
+    "lora-drop": About(
+        "A short probe measures what each site's LoRA puts out; sites that matter keep their own, the others of a kind share one.",
+        "Take it when fewer trained and stored numbers are wanted at LoRA's quality, and not every layer needs its own adapter.",
+        "A short training of all adapters on a tenth of the rows first; then LoRA's arithmetic with fewer numbers (drop='remove': less).",
     ),
 }
 
@@ -121,7 +142,7 @@ def known(name: str) -> str:
     """The name of a recipe, underscores allowed. Raises ConfigError with the nearest one."""
     plain = name.replace("_", "-")
     if plain not in RECIPES:
-        raise ConfigError(f"method {name!r} is unknown{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}")
+        raise ConfigError(f"method {name!r} is unknown{unknown(name)}")
     return plain
 
 

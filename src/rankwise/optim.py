@@ -16,18 +16,19 @@ from torch.optim import Optimizer
 from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
 from rankwise.gradients import DirectSteps, GradientRule
-from rankwise.resizing import resize
+from rankwise.resizing import grow, resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
-from rankwise.sites import AdaptedLinear, adapted_sites
+from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
+
+#: decay would pull these to a uniform choice, or to no activation at all
+UNDECAYED = frozenset({"gate", "activation"})
 
 
 def roles_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     """Name of each trained parameter -> (role, parameter). What belongs to no adapter (a head, a bias) has the role 'other'."""
     by_id: dict[int, str] = {}
-    for module in adapted_sites(model).values():
-        for part in (module.update, module.gain):
-            if part is not None:
-                by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
+    for part in parts_of(model):
+        by_id.update({id(getattr(part, name)): role for name, role in part.roles.items()})
     return {name: (by_id.get(id(p), "other"), p) for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -46,6 +47,7 @@ def optimizer(
     weight_decay: float = 0.0,
     kind: Callable[..., Optimizer] = torch.optim.AdamW,
     total_steps: int | None = None,
+    validation: Any = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer over what trains, grouped by role, that fires rankwise's events.
@@ -57,6 +59,8 @@ def optimizer(
         kind: any optimizer class that takes parameter groups, lr and weight_decay. Roles whose gradients the recipe's rule makes into steps
             (LoRA-Pro in weight space) move by them; `kind` then serves the others.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
+        validation: batches of rows that are not trained on, for routings that learn from them too; anything that can be read again and
+            again in the same order, such as a list.
         **options: passed on to it. Plain AdamW runs fused unless told otherwise.
     """
     recipe = adapted(model).recipe
@@ -68,10 +72,10 @@ def optimizer(
         made: Optimizer = DirectSteps(groups, kind, recipe.gradient.direct, lr, weight_decay, **options)
     else:
         made = kind(groups, lr=lr, weight_decay=weight_decay, **options)
-    return attach(model, made, total_steps)
+    return attach(model, made, total_steps, validation)
 
 
-def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Optimizer:
+def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, validation: Any = None) -> Optimizer:
     """Gives an optimizer rankwise's hooks: regroups its parameters by role, and fires `backward` before and `step` after each step.
 
     Raises:
@@ -90,7 +94,7 @@ def attach(model: nn.Module, optimizer: Optimizer, total_steps: int | None = Non
     if missing:
         raise TrainingError(f"the optimizer does not hold {len(missing)} parameters that train, such as {missing[0]}; make it after adapt")
     _regroup(optimizer, roles)
-    Session(model, optimizer, total_steps)
+    Session(model, optimizer, total_steps, validation)
     return optimizer
 
 
@@ -112,17 +116,19 @@ _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDi
 class Session:
     """The hooks of one optimizer over one adapted model. Holds no closures on parameters that could be copied with the model."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, validation: Any = None) -> None:
         record = adapted(model)
         self.model, self.optimizer = weakref.ref(model), weakref.ref(optimizer)
         self.rule: GradientRule = record.recipe.gradient
         self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
+        begun["routing"] = record.recipe.routing.begin(model, validation)
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
         for running in self.running.values():
             running.expect(total_steps)
         self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
+        self.attached: dict[str, float] = {}
         self._before: list[tuple[dict[str, Any], Any, Any]] = []
         self.handles: list[Any] = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
         self._transform(model)
@@ -134,11 +140,12 @@ class Session:
             handle.remove()
         transforms = []
         for module in adapted_sites(model).values():
-            if module.update is not None:
-                for name, role in module.update.roles.items():
+            update = module.own_update  # the gradient of a shared tensor is transformed once, when it is the sum over its sites
+            if update is not None:
+                for name, role in update.roles.items():
                     transform = self.rule.transform(module, role)
                     if transform is not None:
-                        transforms.append(getattr(module.update, name).register_hook(transform))
+                        transforms.append(getattr(update, name).register_hook(transform))
         _TRANSFORMS[model] = transforms
         self.handles.extend(transforms)
 
@@ -153,14 +160,19 @@ class Session:
         state: dict[str, Any] = {"steps": self.steps, "waiting": list(self.waiting)}
         if self.schedule.changes_ranks and (model := self.model()) is not None:
             state["ranks"] = {name: module.site.rank for name, module in adapted_sites(model).items()}
+        if self.schedule.changes_experts and (model := self.model()) is not None:
+            state["experts"] = {name: module.site.experts for name, module in adapted_sites(model).items()}
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` gave. Called before the model's own state is loaded, whose shapes follow the ranks."""
+        """Takes up what `state` gave. Called before the model's own state is loaded, whose shapes follow the ranks and experts."""
         if (model := self.model()) is not None and (optimizer := self.optimizer()) is not None:
             sites, ranks = adapted_sites(model), state.get("ranks", {})
             cut = {name: torch.arange(rank) for name, rank in ranks.items() if rank < sites[name].site.rank}
             self._apply(Change(ranks=cut), model, optimizer)
+            experts = state.get("experts", {})
+            while behind := [name for name, count in experts.items() if sites[name].site.experts < count]:
+                self._apply(Change(grown=behind), model, optimizer)
         self.steps = int(state["steps"])
         self.waiting = {name: module for name, module in self.waiting.items() if name in state["waiting"]}
 
@@ -174,8 +186,9 @@ class Session:
             running.restore({key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
 
     def report(self) -> dict[str, float]:
-        """What rule and schedule say of the step that just ended."""
-        return {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+        """What rule and schedule say of the step that just ended, and the losses that were attached to its forwards."""
+        said = {f"{name}_{key}": value for name, running in self.running.items() for key, value in running.report().items()}
+        return said | {f"routing_{name}": value for name, value in self.attached.items()}
 
     def fire(self, event: Event, optimizer: Optimizer) -> None:
         """Calls the gradient rule and the schedule, and brings the optimizer in line with what they changed."""
@@ -187,7 +200,11 @@ class Session:
     def _apply(self, change: Change, model: nn.Module, optimizer: Optimizer) -> None:
         cuts = [*change.sliced, *(resize(model, change.ranks) if change.ranks else ())]
         _follow(optimizer, change.reset, cuts)
-        if cuts:
+        if change.grown:
+            before = {id(parameter) for _, parameter in roles_of(model).values()}
+            grow(model, change.grown)
+            _take_in(optimizer, model, before)
+        if cuts or change.grown:
             self._transform(model)  # hooks stand on the parameters that were replaced
 
     def _pre(self, optimizer: Optimizer, *_: Any) -> None:
@@ -204,7 +221,8 @@ class Session:
             role = group.get("role", "other")
             if (rate := self.rule.rate(role)) != 1.0:
                 group["lr"] = lr * rate
-            if decay and (factor := self.rule.decay(role) * self.schedule.decay(role)) != 1.0:
+            factor = 0.0 if role in UNDECAYED else self.rule.decay(role) * self.schedule.decay(role)
+            if decay and factor != 1.0:
                 group["weight_decay"] = decay * factor
 
     def _post(self, optimizer: Optimizer, *_: Any) -> None:
@@ -214,6 +232,8 @@ class Session:
                 group["weight_decay"] = decay
         self._before = []
         self.steps += 1
+        if (model := self.model()) is not None:
+            self.attached = adapted(model).meter.take()
         self.fire("step", optimizer)
 
     def _note_gradients(self) -> None:
@@ -245,17 +265,57 @@ def _follow(optimizer: Optimizer, reset: Sequence[nn.Parameter], sliced: Sequenc
             group["params"] = [cut.now if parameter is cut.was else parameter for parameter in group["params"]]
 
 
+def _take_in(optimizer: Optimizer, model: nn.Module, before: set[int]) -> None:
+    """Brings the groups in line with what trains now: parameters that froze leave with their state, new ones join the group of their role.
+
+    Groups keep their number and options, and the order of a model that was built like this, so that learning rate schedules and
+    checkpoints fit.
+    """
+    roles = roles_of(model).values()
+    order = {id(parameter): position for position, (_, parameter) in enumerate(roles)}
+    gone = before - order.keys()
+    groups = {group["role"]: group for group in optimizer.param_groups if any(id(p) in before for p in group["params"])}
+    for group in optimizer.param_groups:
+        for parameter in [p for p in group["params"] if id(p) in gone]:
+            optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for role, parameter in roles:
+        if id(parameter) not in before:
+            if role not in groups:
+                raise TrainingError(f"the optimizer has no group for the role {role!r} of what a new expert brings")
+            groups[role]["params"].append(parameter)
+    for group in groups.values():
+        group["params"].sort(key=lambda parameter: order.get(id(parameter), -1))
+
+
+def next_task(model: nn.Module, optimizer: Optimizer) -> None:
+    """Tells rules and schedules that the data of another task begin. AM-LoRA freezes what it has and begins a new LoRA; the optimizer
+    follows. With recipes to which tasks mean nothing nothing happens.
+
+    Args:
+        model: the adapted model.
+        optimizer: what `rankwise.optimizer` or `attach` returned for it.
+
+    Raises:
+        TrainingError: the optimizer is not one of this model's.
+    """
+    session = getattr(optimizer, "rankwise_session", None)
+    if session is None or session.model() is not model:
+        raise TrainingError("next_task needs the optimizer of this model, from rankwise.optimizer or rankwise.attach")
+    session.fire("task", optimizer)
+
+
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
     return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def _trains(module: AdaptedLinear) -> bool:
-    """Whether a site has anything to train; a schedule may have left it with rank 0."""
-    return any(p.requires_grad and p.numel() for p in module.parameters())
+    """Whether a site must get a gradient sooner or later: a schedule may have left it with rank 0, a gate may never choose it."""
+    return module.place is None and any(p.requires_grad and p.numel() for p in module.parameters())
 
 
 def _has_gradient(module: AdaptedLinear) -> bool:
     gradients: Sequence[Tensor | None] = [
-        p.grad for part in (module.update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
+        p.grad for part in (module.own_update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
     ]
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -1,9 +1,9 @@
 """The plan: which sites, which ranks, how many parameters, how much memory and arithmetic. Touches no tensor; a model on `meta` will do."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,9 +12,12 @@ from rankwise.errors import RecipeError, TargetError
 from rankwise.preparing import dense_bytes, layers_to_hold
 from rankwise.recipe import Recipe
 from rankwise.report import human_bytes
+from rankwise.routing import Block
+from rankwise.routing.context import gates_of
 from rankwise.sites import (
     AdaptedLinear,
     adapted_sites,
+    block_of,
     find_sites,
     group_of,
     kind_of,
@@ -27,7 +30,10 @@ from rankwise.sites import (
 )
 from rankwise.storage import NF4Linear
 from rankwise.storage.bnb_layout import is_bitsandbytes_4bit
-from rankwise.updates import Site
+from rankwise.updates import Site, Slot
+
+if TYPE_CHECKING:
+    from rankwise.importance import Importance
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class Plan:
     base_bytes: int
     notes: tuple[str, ...] = ()
     held: tuple[str, ...] = ()  # linear layers that the storage replaces by its own form
+    blocks: tuple[Block, ...] = ()  # that get a gate
     workspace: int = 0  # bytes of the largest weight that is dense for the length of a product only
+    importance: "Importance | None" = None  # what the allocation of updates to sites was decided from
 
     def parameters_of(self, site: Site) -> int:
         """Trained numbers at one site."""
@@ -62,8 +70,8 @@ class Plan:
 
     @property
     def adapter_parameters(self) -> int:
-        """Trained numbers in all adapters."""
-        return sum(self.parameters_of(site) for site in self.sites)
+        """Trained numbers in all adapters, gates of blocks among them."""
+        return sum(self.parameters_of(site) for site in self.sites) + sum(gate_parameters(self.recipe, block) for block in self.blocks)
 
     @property
     def trained_parameters(self) -> int:
@@ -79,12 +87,15 @@ class Plan:
     def _frozen_own_numbers(self) -> int:
         count = 0
         for site in self.sites:
-            slots = self.recipe.update.slots(site) | self.recipe.gain.slots(site)
+            slots = own_slots(self.recipe, site)
             count += sum(slot.numel for slot in slots.values() if not slot.trains(self.recipe.frozen_roles))
-            if self.recipe.moves_base:
+            if self.recipe.moves_base and not site.owner:
                 count += site.rank * (site.in_features + site.out_features)
             if self.recipe.gain.name == "dora":
                 count += 2 * site.out_features
+        for block in self.blocks:
+            slots = self.recipe.routing.slots(block).values()
+            count += sum(slot.numel for slot in slots if not slot.trains(self.recipe.frozen_roles))
         return count
 
     @property
@@ -162,7 +173,42 @@ class Plan:
     def resized(self, ranks: Mapping[str, int]) -> "Plan":
         """The same plan with other ranks at some sites, by name; their scaling stays."""
         sites = [replace(site, rank=ranks.get(site.name, site.rank)) for site in self.sites]
-        return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total))
+        return self._with(sites)
+
+    def grown(self, experts: Mapping[str, int]) -> "Plan":
+        """The same plan with another number of experts at some sites, by name."""
+        return self._with([replace(site, experts=experts.get(site.name, site.experts)) for site in self.sites])
+
+    def _with(self, sites: list[Site]) -> "Plan":
+        return replace(self, sites=tuple(sites), coverage=coverage(self.recipe, sites, self.coverage[0].total, self.blocks))
+
+    def allocated(self, owners: Mapping[str, str], removed: Collection[str] = (), importance: "Importance | None" = None) -> "Plan":
+        """The same plan in which some sites use the update of another one, and some are no sites any more.
+
+        Args:
+            owners: site name -> name of the site whose update it uses; the others have one of their own.
+            removed: names of sites to leave out.
+            importance: what this was decided from; kept with the plan, and saved with adapters.
+
+        Raises:
+            RecipeError: an owner that is no site, uses another one's update itself, or has other shapes or another scaling.
+        """
+        there = {site.name: site for site in self.sites if site.name not in removed}
+        for name, owner in owners.items():
+            _check_owner(there, name, owner, owners)
+        sites = [replace(site, owner=owners.get(name, "")) for name, site in there.items()]
+        forecast = self.recipe.schedule.note(self.sites)
+        notes = [note for note in self.notes if note != forecast]
+        if importance is not None:
+            shared = len(set(owners.values()))
+            left = f", {len(removed)} have none" if removed else ""
+            notes.append(
+                f"importance: of {len(self.sites)} sites {len(there) - len(owners) - shared} have an update of their own, "
+                f"{len(owners) + shared} share {shared}{left}"
+            )
+            notes += [f"importance: the probe left no output at {group}, so all of it keeps its own" for group in importance.silent]
+        made = replace(self, sites=tuple(sites), notes=tuple(notes), importance=importance)
+        return replace(made, coverage=coverage(self.recipe, sites, self.coverage[0].total, self.blocks))
 
     def __str__(self) -> str:
         from rankwise.report import plan_text
@@ -170,10 +216,28 @@ class Plan:
         return plan_text(self)
 
 
+def _check_owner(sites: Mapping[str, Site], name: str, owner: str, owners: Mapping[str, str]) -> None:
+    if name not in sites or owner not in sites or owner in owners:
+        raise RecipeError(f"{name} is to use the update of {owner!r}, and both must be sites of the plan, the owner with its own update")
+    for label in ("kind", "in_features", "out_features", "rank", "experts", "scaling"):
+        mine, its = getattr(sites[name], label), getattr(sites[owner], label)
+        if mine != its:
+            raise RecipeError(f"{name} cannot use the update of {owner}: {label} is {mine} here and {its} there")
+
+
 def site_parameters(recipe: Recipe, site: Site) -> int:
     """Trained numbers of a recipe at a site, from shapes alone."""
-    slots = recipe.update.slots(site) | recipe.gain.slots(site)
-    return sum(slot.numel for slot in slots.values() if slot.trains(recipe.frozen_roles))
+    return sum(slot.numel for slot in own_slots(recipe, site).values() if slot.trains(recipe.frozen_roles))
+
+
+def own_slots(recipe: Recipe, site: Site) -> dict[str, Slot]:
+    """The tensors that one site owns: of its gain, and of its update where that is not another site's."""
+    return ({} if site.owner else recipe.update.slots(site)) | recipe.gain.slots(site)
+
+
+def gate_parameters(recipe: Recipe, block: Block) -> int:
+    """Trained numbers of the gate of a block."""
+    return sum(slot.numel for slot in recipe.routing.slots(block).values() if slot.trains(recipe.frozen_roles))
 
 
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -233,6 +297,15 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 names = ", ".join(sorted({site.name.rpartition(".")[2] for site in sites}))
                 raise RecipeError(f"{label}: {pattern!r} matches none of the sites, which are named {names}")
     recipe.schedule.check(sites)
+    if recipe.update.whole_rows and getattr(model, "can_generate", bool)():
+        raise RecipeError(
+            f"update={recipe.update.name!r} with these options reads a whole row before it acts on its first token, and this model writes "
+            "token after token: earlier ones would see later ones in training, and could not when it generates; use granularity='token'"
+        )
+    if forecast := recipe.schedule.note(sites):
+        notes.append(forecast)
+    blocks = _blocks(model, recipe, sites)
+    recipe.routing.check(blocks)
     if recipe.schedule.rewrites_base:
         notes.append(_rewriting_note(recipe))
     elif recipe.base == "fold":
@@ -254,13 +327,43 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         recipe,
         tuple(sites),
         tuple((name, sum(p.numel() for p in module.parameters())) for name, module in apart),
-        coverage(recipe, sites, _linear_count(model)),
+        coverage(recipe, sites, _linear_count(model), blocks),
         base.parameters,
         base.bytes,
         tuple(notes),
         base.held,
+        blocks,
         base.workspace,
     )
+
+
+def _blocks(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> tuple[Block, ...]:
+    """The blocks that get a gate, in the model's order; none where the routing has no gates."""
+    if recipe.routing.module is None:
+        return ()
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise TargetError(
+            f"routing={recipe.routing.name!r} reads the prompt before each block, and this model has an encoder and a decoder; use "
+            "routing='none'"
+        )
+    members: dict[str, list[Site]] = {}
+    for site in sites:
+        members.setdefault(block_of(site.name), []).append(site)
+    if outside := members.get(""):
+        raise TargetError(
+            f"{outside[0].name} lies in no transformer block, and routing={recipe.routing.name!r} has one gate a block; take it out with "
+            "targets.exclude"
+        )
+    for name in members:
+        if isinstance(block := model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise TargetError(
+                f"{name} is a {type(block).__name__}, which would run or hold the gate as one of its own parts; "
+                f"routing={recipe.routing.name!r} needs blocks with a forward of their own"
+            )
+    text = getattr(config, "get_text_config", lambda: config)()
+    width = getattr(text, "hidden_size", None)
+    return tuple(Block(name, width or mine[0].in_features, tuple(site.name for site in mine)) for name, mine in members.items())
 
 
 def _rewriting_note(recipe: Recipe) -> str:
@@ -319,15 +422,25 @@ def summary(model: nn.Module) -> tuple[Coverage, ...]:
     if not adapted:
         raise TargetError("the model has no adapters; call rankwise.adapt(model, recipe) first")
     counted = {
-        name: sum(p.numel() for part in (module.update, module.gain) if part is not None for p in part.parameters())
+        name: sum(p.numel() for part in (module.own_update, module.gain) if part is not None for p in part.parameters())
         for name, module in adapted.items()
     }
-    return _rows([(module.site, counted[name]) for name, module in adapted.items()], _linear_count(model))
+    rows = _rows([(module.site, counted[name]) for name, module in adapted.items()], _linear_count(model))
+    gates = gates_of(model)
+    return rows + _gate_rows([(gate.block, sum(p.numel() for p in gate.parameters())) for gate in gates.values()])
 
 
-def coverage(recipe: Recipe, sites: list[Site], total: int) -> tuple[Coverage, ...]:
-    """One row per pattern."""
-    return _rows([(site, site_parameters(recipe, site)) for site in sites], total)
+def coverage(recipe: Recipe, sites: list[Site], total: int, blocks: Sequence[Block] = ()) -> tuple[Coverage, ...]:
+    """One row per pattern, and one for the gates."""
+    rows = _rows([(site, site_parameters(recipe, site)) for site in sites], total)
+    return rows + _gate_rows([(block, gate_parameters(recipe, block)) for block in blocks])
+
+
+def _gate_rows(counted: list[tuple[Block, int]]) -> tuple[Coverage, ...]:
+    if not counted:
+        return ()
+    shapes = tuple(dict.fromkeys(f"{len(block.sites)} x {block.width}" for block, _ in counted))
+    return (Coverage("a gate on each block", len(counted), len(counted), shapes, (), sum(count for _, count in counted)),)
 
 
 def _rows(counted: list[tuple[Site, int]], total: int) -> tuple[Coverage, ...]:

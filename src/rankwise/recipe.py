@@ -11,7 +11,7 @@ from rankwise.errors import RecipeError, nearest
 from rankwise.gains import GAINS, GainChoice, NoGain
 from rankwise.gradients import GRADIENTS, GradientRule, Plain
 from rankwise.inits import INITS, Init, Kaiming
-from rankwise.routing import ROUTINGS, Everywhere
+from rankwise.routing import ROUTINGS, Everywhere, RoutingChoice
 from rankwise.schedules import SCHEDULES, Constant, Schedule
 from rankwise.storage import STORAGES, Keep, StorageChoice
 from rankwise.updates import UPDATES, LowRank, UpdateChoice
@@ -35,7 +35,7 @@ _KINDS: dict[str, type[Any]] = {
     "gradient": GradientRule,
     "schedule": Schedule,
     "storage": StorageChoice,
-    "routing": Everywhere,
+    "routing": RoutingChoice,
 }
 
 
@@ -76,7 +76,7 @@ class Recipe:
     gradient: GradientRule = Plain()
     schedule: Schedule = Constant()
     storage: StorageChoice = Keep()
-    routing: Everywhere = Everywhere()
+    routing: RoutingChoice = Everywhere()
     rank: int = 16
     alpha: float | None = None
     scaling: Literal["lora", "rslora"] = "lora"
@@ -93,6 +93,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether facts of the batch must reach the adapters, so that the model gets hooks at its root."""
+        return self.update.reads_context or self.routing.module is not None
 
     @property
     def frozen_roles(self) -> frozenset[str]:
@@ -248,6 +253,14 @@ def _moves(recipe: Recipe) -> bool:
 
 def _token_core(recipe: Recipe) -> bool:
     return not recipe.update.constant_core
+
+
+def _experts(recipe: Recipe) -> bool:
+    return recipe.update.name == "loramoe"
+
+
+def _gated(recipe: Recipe) -> bool:
+    return recipe.routing.module is not None
 
 
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
@@ -439,10 +452,58 @@ LEGALITY: tuple[Forbidden, ...] = (
         "a faster `up` is meant for a start at up = 0, and here both factors start as parts of the weight; use gradient='plain'",
         _both(_is("schedule", "rosa"), _is("gradient", "lora-plus")),
     ),
+    Forbidden(
+        "schedule=lora-drop",
+        "update=none or vera",
+        "sites share the pair of an update, and there is none, or all share one already; use update='lora' or another",
+        _both(_is("schedule", "lora-drop"), _is("update", "none", "vera")),
+    ),
+    Forbidden(
+        "schedule=lora-drop",
+        "an update whose core depends on the token",
+        "the output's energy follows from rank-sized sums only where the core is constant; use update='lora' or another",
+        _both(_is("schedule", "lora-drop"), _token_core),
+    ),
+    Forbidden(
+        "update=am-lora",
+        "an init that moves the base",
+        "every task begins a pair of its own, and each later one would start from another base; use init='kaiming'",
+        _both(_is("update", "am-lora"), _moves),
+    ),
+    Forbidden(
+        "schedule=task-growth",
+        "update other than am-lora",
+        "only AM-LoRA's sites can gain an expert; use update='am-lora', or schedule='none' to train one update on all tasks",
+        _both(_is("schedule", "task-growth"), lambda recipe: recipe.update.name != "am-lora"),
+    ),
+    Forbidden(
+        "an update with experts",
+        "an init that moves the base",
+        "gates weigh the experts anew for each token, so their sum is never the start that was taken out; use init='kaiming'",
+        _both(_experts, _moves),
+    ),
+    Forbidden(
+        "a routing with gates",
+        "a gain",
+        "a gain scales base and update alike, so a closed gate would not leave the base (the paper's MiDoRA does not fit); use gain='none'",
+        _both(_gated, lambda recipe: recipe.gain.name != "none"),
+    ),
+    Forbidden(
+        "a routing with gates",
+        "base=fold",
+        "the base would lack its start wherever a gate is closed; use base='keep'",
+        _both(_gated, lambda recipe: recipe.base == "fold"),
+    ),
+    Forbidden(
+        "a schedule that rewrites the base",
+        "a routing with gates",
+        "what is written acts on every token, whatever the gates say; use routing='none'",
+        _both(_gated, lambda recipe: recipe.schedule.rewrites_base),
+    ),
 )
 
 
-ROLES = frozenset({"down", "up", "core", "tail"})
+ROLES = frozenset({"down", "up", "core", "tail", "gate"})
 
 
 def check(recipe: Recipe) -> None:

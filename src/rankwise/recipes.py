@@ -8,14 +8,15 @@ AdamW; a bracket is what is worth searching.
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, nearest
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
 from rankwise.recipe import Recipe, _coerce
-from rankwise.schedules import AdaLoraBudget, Rounds
+from rankwise.routing import PromptRouting
+from rankwise.schedules import AdaLoraBudget, LoraDrop, Rounds, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import Deep, Mixer, NoUpdate, Svd, Vera
+from rankwise.updates import AttentionMixture, Deep, Experts, Mixer, NoUpdate, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -223,6 +224,70 @@ def deep_lora(
     return _recipe(fields, name="deep-lora", **defaults)
 
 
+def lora_drop(
+    threshold: float = 0.9,
+    share: float = 0.1,
+    probe_steps: int | None = None,
+    normalize: Literal["group", "global"] = "group",
+    drop: Literal["share", "remove"] = "share",
+    warm: bool = False,
+    skip_first_token: bool = False,
+    strata: Literal["auto", "label", "length", "none"] = "auto",
+    **fields: Any,
+) -> Recipe:
+    """LoRA-drop (Zhou et al. 2024, arXiv 2402.07721): a probe measures what each LoRA puts out; those that do little share one.
+
+    The paper adapts query and value at rank 8.
+    """
+    schedule = LoraDrop(threshold, share, probe_steps, normalize, drop, warm, skip_first_token, strata)
+    return _recipe(fields, name="lora-drop", schedule=schedule)
+
+
+def am_lora(
+    selector_train: Literal["all", "new"] = "all",
+    sparsity: Literal["selector", "scores", "entropy", "concentration", "gates", "none"] = "selector",
+    sparsity_weight: float = 1e-3,
+    granularity: Literal["token", "sequence_mean", "layer"] = "token",
+    gate: Literal["softmax", "sigmoid", "relu"] = "softmax",
+    tau: float = 1.0,
+    phi: Literal["tanh", "identity"] = "tanh",
+    zero_entry: bool = True,
+    guard: float = 0.01,
+    release: int = 20,
+    selector_std: float = 0.0,
+    normalise: bool = False,
+    distill: float = 0.0,
+    orthogonality: float = 0.0,
+    snapshots: bool = True,
+    **fields: Any,
+) -> Recipe:
+    """AM-LoRA (Attentional Mixture of LoRAs 2024, arXiv 2409.19611): a LoRA per task of a sequence, mixed by attention to their outputs.
+
+    `rankwise.next_task` begins the next LoRA; `rankwise train` does so between the data sets of `data.tasks`. alpha is 4 times the rank:
+    with the zero LoRA the first gate starts at 1/2, and the update then has LoRA's usual scale. sparsity='selector' is the L1 norm of the
+    selectors, 'gates' that of the gates without the zero LoRA (of sigmoid or relu gates: of all).
+    """
+    fields.setdefault("rank", 8)
+    fields.setdefault("alpha", 4.0 * fields["rank"])
+    update = AttentionMixture(
+        granularity=granularity,
+        gate=gate,
+        tau=tau,
+        phi=phi,
+        zero_entry=zero_entry,
+        selector_train=selector_train,
+        guard=guard,
+        selector_std=selector_std,
+        normalise=normalise,
+        snapshots=snapshots,
+        penalty="none" if sparsity in ("selector", "none") else sparsity,
+        penalty_weight=sparsity_weight,
+        distill=distill,
+    )
+    schedule = TaskGrowth(release, sparsity_weight if sparsity == "selector" else 0.0, orthogonality)
+    return _recipe(fields, name="am-lora", update=update, schedule=schedule, lr=1e-3, lr_bracket=(2e-4, 5e-3))
+
+
 def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     """Propulsion (Kowsher et al. 2024, arXiv 2409.10927): one trained power per output row, no factors."""
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
@@ -250,6 +315,52 @@ def rosa(
     return _recipe(fields, name="rosa", init=init, schedule=schedule, base="fold", lr=5e-5, lr_bracket=(1e-5, 1e-3))
 
 
+#: the feed-forward layers of the families this project knows
+FEED_FORWARD = (
+    r"re:.*\.(gate_proj|up_proj|down_proj|fc1|fc2|fc_in|fc_out|c_fc|mlp\.c_proj|dense_h_to_4h|dense_4h_to_h|w1|w2|w3|lin1|lin2"
+    r"|wi|wi_0|wi_1|wo|intermediate\.dense|layer\.\d+\.output\.dense)"
+)
+
+
+def loramoe(
+    experts: int = 6,
+    delta: float = 0.1,
+    beta: float = 0.1,
+    expert_types: tuple[int, ...] = (),
+    direction: Literal["paper", "aligned"] = "paper",
+    q_reduce: Literal["mean_valid", "sum"] = "mean_valid",
+    aggregate: Literal["sum", "mean"] = "sum",
+    **fields: Any,
+) -> Recipe:
+    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979): several pairs at each feed-forward layer, weighed for every token by a router, and a
+    loss that balances them by kind of sample. The official script trains with beta=0, delta=0 and experts=8.
+    """
+    fields.setdefault("rank", 4)
+    fields.setdefault("alpha", 8.0 * fields["rank"])
+    fields.setdefault("targets", FEED_FORWARD)
+    update = Experts(experts, delta, beta, tuple(expert_types), direction, q_reduce, aggregate)
+    return _recipe(fields, name="loramoe", update=update, dropout=0.05)
+
+
+def milora_mixture(
+    k: int = 3,
+    gate: Literal["ste", "prob", "prob_renorm", "hard"] = "ste",
+    pooler: Literal["self-attention", "average", "last", "max"] = "self-attention",
+    balance: float = 1e-2,
+    theta_mode: Literal["bilevel", "joint", "frozen-gelu"] = "bilevel",
+    theta_lr: float = 1e-6,
+    router_norm: bool = True,
+    skip_first: bool = False,
+    **fields: Any,
+) -> Recipe:
+    """MiLoRA, the mixture (Zhang et al. 2024, arXiv 2410.18035): a gate on each block reads the prompt once and switches the LoRAs of k of
+    the block's layers on, for all tokens that follow. Not to be confused with `milora-svd`.
+    """
+    fields.setdefault("rank", 32)
+    routing = PromptRouting(k, gate, pooler, balance, theta_mode, theta_lr, router_norm, skip_first)
+    return _recipe(fields, name="milora-mixture", routing=routing, lr=1e-4, lr_bracket=(2e-5, 1e-3))
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "lora": lora,
     "rslora": rslora,
@@ -269,4 +380,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "adalora": adalora,
     "deep-lora": deep_lora,
     "rosa": rosa,
+    "lora-drop": lora_drop,
+    "am-lora": am_lora,
+    "loramoe": loramoe,
+    "milora-mixture": milora_mixture,
 }
+
+# What people look for here and do not find: no low-rank update of a weight, so outside of the one equation.
+_OUT_OF_SCOPE = ("prefix", "prompt", "p-tuning", "ptuning", "bottleneck", "houlsby", "pfeiffer")
+
+
+def unknown(name: str) -> str:
+    """What to tell somebody who asks for a method that is not here: the nearest name, or that such methods are out of scope."""
+    plain = name.lower().replace("_", "-")
+    if plain.startswith(_OUT_OF_SCOPE):
+        return f"; prefix, prompt and P-tuning and bottleneck adapters are out of scope for now. The methods are {', '.join(RECIPES)}"
+    return f"{nearest(plain, RECIPES)} The methods are {', '.join(RECIPES)}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rankwise.importance import Importance
     from rankwise.planning import Coverage, Plan
 
 
@@ -45,6 +46,43 @@ def coverage_table(rows: "tuple[Coverage, ...]", title: str = "Targets") -> "Tab
         ranks = ", ".join(map(str, row.ranks)) if any(row.ranks) else "-"
         table.add_row(row.pattern, f"{row.matched} of {row.total}", shapes, ranks, f"{row.parameters:,}")
     return table
+
+
+def importance_text(report: "Importance", width: int = 110) -> str:
+    """Every site with its share of its group's output energy, the largest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    table = Table(title=f"Importance after {report.steps} steps", title_justify="left", title_style="bold")
+    for heading in ("group", "site", "share", "first tokens", "per token", "mean over rows"):
+        table.add_column(heading, justify="left" if heading in ("group", "site") else "right", overflow="fold")
+    scores, measured = report.scores(), {site.site: site for site in report.sites}
+    for group, names in report.groups.items():
+        for name in sorted(names, key=lambda name: -scores[name]):
+            site = measured[name]
+            first = 100 * site.first / site.energy if site.energy else 0.0
+            table.add_row(
+                group, name, f"{scores[name]:.4f}", f"{first:.0f}%", f"{site.energy / max(1, site.tokens):.3g}", f"{site.mean:.3g}"
+            )
+    console.print(table)
+    return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+
+
+def allocation_text(plan: "Plan", width: int = 110) -> str:
+    """One line a group: which sites have an update of their own, and what share of the output was theirs; empty without a report."""
+    report = plan.importance
+    if report is None:
+        return ""
+    scores, own = report.scores(), {site.name for site in plan.sites if not site.owner}
+    own -= {site.owner for site in plan.sites}
+    lines = [f"Importance after {report.steps} steps of the probe: sites with an update of their own, and their share of the output"]
+    for group, names in report.groups.items():
+        mine = sorted((name for name in names if name in own), key=lambda name: -scores[name])
+        listed = ", ".join(f"{name.removesuffix('.' + group.split()[0])} {scores[name]:.2f}" for name in mine[:3])
+        more = f", {len(mine) - 3} more" if len(mine) > 3 else ""
+        lines.append(f"  {group}: {len(mine)} of {len(names)} ({sum(scores[name] for name in mine):.2f}): {listed}{more}")
+    return "\n".join(lines)
 
 
 def plan_text(plan: "Plan", width: int = 110) -> str:

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rankwise.equation import Start, dense_update, operate
-from rankwise.errors import TargetError, nearest
+from rankwise.errors import TargetError, TrainingError, nearest
 from rankwise.gains import Gain
 from rankwise.ledger import Round
 from rankwise.recipe import Targets
+from rankwise.routing.base import BlockGate
+from rankwise.routing.context import required
 from rankwise.sharing import SharedMember
 from rankwise.storage import NF4Linear, Storage, storage_of
 from rankwise.storage.dense import is_conv1d
 from rankwise.storage.workspace import read_once
-from rankwise.updates import Site, Update
+from rankwise.updates import Part, Site, Update
 
 # Siblings that read one input: names of modules under one parent, in the families this project knows.
 SHARED_INPUT: tuple[tuple[str, ...], ...] = (
@@ -56,7 +58,8 @@ class AdaptedLinear(nn.Module):
 
     Shapes: x (..., in) -> (..., out); at an embedding x holds token ids. `enabled` False gives the base alone. `folded` says that the
     start was
-    written into the base, so that the forward does not subtract it and the disabled forward adds it back.
+    written into the base, so that the forward does not subtract it and the disabled forward adds it back. `place` is where the gate of a
+    block keeps this site's weight: the block's name and the column.
     """
 
     def __init__(
@@ -69,16 +72,25 @@ class AdaptedLinear(nn.Module):
         dropout: float,
         folded: bool = False,
         shared: SharedMember | None = None,
+        place: tuple[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.update = update
+        self.update: Update | None
+        self.offset: Offset | None
+        if site.owner:
+            # Another site's: held as plain references, so that every tensor has one registered owner and is counted, stepped, clipped and
+            # saved once. They follow moves and casts, which act on the owner's modules in place, and copies and pickles of the model.
+            self.__dict__.update(update=update, offset=offset)
+        else:
+            self.update = update
+            self.offset = offset
         self.gain = gain
-        self.offset = offset
         self.site = site
         self.dropout = dropout
         self.folded = folded
         self.shared = shared
+        self.place = place
         self.enabled = True
         self.merged = False
         self.kept_weight: Tensor | None = None  # the base weight on the CPU while merged, for an exact way back
@@ -91,9 +103,14 @@ class AdaptedLinear(nn.Module):
         self.tied: tuple[nn.Parameter, ...] = ()  # the weight shared with another module, while merging has given the base its own
         # in the mode of what it replaces: a new module would otherwise train inside a model that evaluates
         self.training = base_layer.training
-        for part in (update, gain, offset):
+        for part in (self.own_update, gain, None if site.owner else offset):
             if part is not None:
                 part.train(base_layer.training)
+
+    @property
+    def own_update(self) -> Update | None:
+        """The update, where it is this site's own and not another one's that it uses."""
+        return None if self.site.owner else self.update
 
     @property
     def storage(self) -> Storage:
@@ -125,7 +142,23 @@ class AdaptedLinear(nn.Module):
                 self.dropout if self.training else 0.0,
                 None if update is None else update.token_core,
                 self.shared,
+                None if self.place is None else self._route(x, *self.place),
             )
+
+    def _route(self, x: Tensor, block: str, column: int) -> Tensor:
+        """The weight of this site for each sample, from the gate of its block: (batch, 1, ...) with as many dimensions as x."""
+        c = required(f"the gate of {block}").routes[block][:, column]
+        if len(c) != x.shape[0]:
+            raise TrainingError(
+                f"{self.site.name} got an input of shape {tuple(x.shape)} in a batch of {len(c)}: its rows are no samples, so routes of "
+                "samples cannot act on it; take it out with targets.exclude"
+            )
+        return c.view(-1, *[1] * (x.dim() - 1))
+
+    @property
+    def depends_on_input(self) -> bool:
+        """Whether the update is another one for each token or sample, so that no dense weight equals it."""
+        return self.place is not None or (self.update is not None and self.update.token_core is not None)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -143,8 +176,11 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """gain * (W + update - start), dense (out, in), in fp32 (fp64 for an fp64 base); the base layer is not touched."""
-        if self.update is not None and self.update.token_core is not None:
-            raise TargetError(f"{self.site.name} cannot be merged: its update depends on the token")
+        if self.depends_on_input:
+            raise TargetError(
+                f"{self.site.name} cannot be merged: its update depends on the {'prompt' if self.place else 'token'}; keep the adapter "
+                "beside the base"
+            )
         storage = self.storage
         weight = storage.read(self.base_layer)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -221,6 +257,15 @@ def adapted_sites(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {module.site.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
 
 
+def parts_of(model: nn.Module) -> Iterator[Part]:
+    """Every module that holds tensors of an adapter: updates, gains, and gates of blocks."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            yield from (part for part in (module.own_update, module.gain) if part is not None)
+        elif isinstance(module, BlockGate):
+            yield module
+
+
 def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
     """Name -> TrainedModule."""
     return {module.name: module for module in model.modules() if isinstance(module, TrainedModule)}
@@ -228,8 +273,8 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
 
 @contextmanager
 def switched(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """All sites and trained modules of a model on or off, as they were before at the end."""
-    modules = [module for module in model.modules() if isinstance(module, AdaptedLinear | TrainedModule)]
+    """All sites, gates and trained modules of a model on or off, as they were before at the end."""
+    modules = [module for module in model.modules() if isinstance(module, AdaptedLinear | TrainedModule | BlockGate)]
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -280,6 +325,12 @@ def placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
 def layer_number(name: str) -> int | None:
     """The first number in a module path: the layer's index in every family this project knows."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def block_of(name: str) -> str:
+    """The path of the transformer block that a module lies in: up to the first number; empty where there is none."""
+    parts = name.split(".")
+    return next((".".join(parts[: index + 1]) for index, part in enumerate(parts) if part.isdigit() and index + 1 < len(parts)), "")
 
 
 def layer_range(text: str) -> set[int]:

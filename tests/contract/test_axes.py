@@ -11,11 +11,12 @@ from tiny_models import dense_weight, llama, logits, perturb, site, token_ids
 from torch import nn
 
 import rankwise as rw
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, TargetError
 from rankwise.gains import GAINS
 from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
 from rankwise.recipe import LEGALITY, Recipe
+from rankwise.schedules import Schedule
 from rankwise.sites import adapted_sites
 from rankwise.storage import STORAGES, NF4Linear
 from rankwise.updates import UPDATES, Site, Slot, UpdateChoice, lora_slots
@@ -110,6 +111,11 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
     with rw.disabled(model):
         assert same_as_base(logits(model, ids))
     assert torch.equal(logits(model, ids), adapted)
+    if not recipe.update.constant_core:  # no dense weight equals it: said, and nothing is touched
+        with pytest.raises(TargetError, match="cannot be merged: its update depends on the token"):
+            rw.merge(model)
+        assert torch.equal(logits(model, ids), adapted)
+        return taken_off(model, parameters, same_as_base, kept, ids)
     # merge and back
     dense = {name: dense_weight(module) for name, module in adapted_sites(model).items()}
     rw.merge(model)
@@ -120,6 +126,11 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
         assert same_as_base(logits(model, ids))
     rw.unmerge(model)
     assert torch.equal(logits(model, ids), adapted)
+    return taken_off(model, parameters, same_as_base, kept, ids)
+
+
+def taken_off(model: Any, parameters: dict[str, torch.Tensor], same_as_base: Any, kept: bool, ids: torch.Tensor) -> Any:
+    """The adapters taken off: every weight is as it was."""
     rw.unadapt(model)
     assert not adapted_sites(model)
     after = weights(model)
@@ -211,6 +222,17 @@ class Routed(UpdateChoice):
         return lora_slots(site)
 
 
+@dataclass(frozen=True)
+class Writing(Schedule):
+    """Stands for a schedule that rewrites the base and needs no folded start."""
+
+    name: ClassVar[str] = "writing"
+    rewrites_base: ClassVar[bool] = True
+
+    def begin(self, model: nn.Module) -> None:
+        return None
+
+
 # One recipe for each row of the table that breaks this row and no other.
 ROWS: list[dict[str, Any]] = [
     {"update": "none", "gain": "none", "init": "own"},
@@ -243,6 +265,14 @@ ROWS: list[dict[str, Any]] = [
     {"schedule": "rosa", "init": "rosa"},
     {"schedule": "rosa", "init": "corda", "base": "fold"},
     {"schedule": "rosa", "init": "rosa", "base": "fold", "gradient": "lora-plus"},
+    {"schedule": "lora-drop", "update": "vera", "init": "own"},
+    {"schedule": "lora-drop", "update": Routed()},
+    {"update": "am-lora", "init": "pissa", "base": "fold"},
+    {"schedule": "task-growth"},
+    {"update": "loramoe", "init": "pissa", "base": "fold"},
+    {"routing": "milora-mixture", "gain": "dora"},
+    {"routing": "milora-mixture", "init": "pissa", "base": "fold"},
+    {"routing": "milora-mixture", "schedule": Writing()},
 ]
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rankwise.adapting import build, shared_part
+from rankwise.adapting import Stored, build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
-from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, is_stacked, pool_keys, shapes
+from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, gate_keys, is_stacked, pool_keys, shapes
 from rankwise.checkpoint.peft_reader import recipe_of, without_base_copies
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
+from rankwise.importance import Importance
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
+from rankwise.routing import Block
 from rankwise.sites import trained_modules
 from rankwise.updates import UPDATES
 
@@ -40,7 +42,7 @@ class _Opened:
     rounds: Mapping[str, int] = field(default_factory=dict)  # site -> rounds in its ledger
 
 
-def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Module:
+def load(base: nn.Module, folder: str | Path, any_base: bool = False, tasks: int | None = None) -> nn.Module:
     """Puts a saved adapter on its base, in place, and returns the adapted model.
 
     On the same base the model computes bit for bit what it did when it was saved; factors and starts come from the file, so no
@@ -50,6 +52,8 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Modu
         base: the model that the adapter was trained on, not adapted. It is not touched when an error is raised.
         folder: what `save` or PEFT's save_pretrained wrote; a local path.
         any_base: load onto a base whose weights differ from those the adapter was trained on.
+        tasks: of an adapter with a LoRA per task (AM-LoRA) only those of the first tasks, as after them. What trains in full, such as a
+            classifier's head, is that of the end.
 
     Raises:
         CheckpointError: no such folder, a file that is missing, truncated or unknown, tensors that are missing, unexpected, wrong-shaped
@@ -67,11 +71,24 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False) -> nn.Modu
         _check_tensors(opened, expected)
     recipe, made = opened.recipe, opened.plan
     stored = {site.name: decode(site, recipe, opened.peft_type, opened.tensors) for site in made.sites}
-    model = build(base, recipe, made, stored, pool)
+    if tasks is not None:
+        made, stored = _first_tasks(opened, stored, tasks)
+    gates = {block.name: _gate(block, opened) for block in made.blocks}
+    model = build(base, recipe, made, stored, pool, gates=gates)
     for name, module in trained_modules(model).items():
         module.trained.load_state_dict({key: opened.tensors[full] for key, full in heads[name].items()})
     model.rankwise.notes.extend(opened.notes)  # pyright: ignore
     return model
+
+
+def _first_tasks(opened: _Opened, stored: dict[str, Stored], tasks: int) -> tuple[Plan, dict[str, Stored]]:
+    made = opened.plan
+    there = min(site.experts for site in made.sites)
+    if not opened.recipe.update.grows or not 1 <= tasks <= there:
+        raise CheckpointError(f"tasks={tasks}: the adapter in {opened.folder} holds the LoRAs of {there} tasks; give one of 1 to {there}")
+    choice = opened.recipe.update
+    found = {site.name: replace(stored[site.name], update=choice.first(site, stored[site.name].update, tasks)) for site in made.sites}
+    return made.grown({site.name: tasks for site in made.sites}), found
 
 
 @contextmanager
@@ -149,7 +166,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = _with_saved_ranks(plan(base, recipe), about)
+    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about), about, folder / NATIVE_FILE)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -176,11 +193,28 @@ def _check_fields(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _with_saved_ranks(made: Plan, about: Mapping[str, Any]) -> Plan:
-    """The plan with the ranks that a schedule has left; any other difference is for `_compare_plan` to refuse."""
+    """The plan with the ranks that a schedule has left, and the experts it has added; `_compare_plan` refuses any other difference."""
+    if made.recipe.update.grows:
+        saved = {site.name: about["sites"].get(site.name, {}).get("experts", 1) for site in made.sites}
+        made = made.grown({site.name: count for site in made.sites if type(count := saved[site.name]) is int and count > site.experts})
     if not made.recipe.schedule.changes_ranks:
         return made
     saved = {site.name: about["sites"].get(site.name, {}).get("rank") for site in made.sites}
     return made.resized({site.name: rank for site in made.sites if type(rank := saved[site.name]) is int and 0 <= rank < site.rank})
+
+
+def _with_saved_owners(made: Plan, about: Mapping[str, Any], path: Path) -> Plan:
+    """The plan with the sites that were allocated an update, and whose; any other difference is for `_compare_plan` to refuse."""
+    owners = {site.name: str(owner) for site in made.sites if (owner := about["sites"].get(site.name, {}).get("owner"))}
+    if "importance" not in about:
+        return made.allocated(owners) if owners else made
+    try:
+        importance = Importance.from_dict(about["importance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: importance is broken ({error!r}); copy or save the adapter again") from error
+    measured = {site.site for site in importance.sites}
+    removed = [site.name for site in made.sites if site.name in measured and site.name not in about["sites"]]
+    return made.allocated(owners, removed, importance)
 
 
 def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
@@ -196,9 +230,9 @@ def _compare_plan(made: Plan, about: Mapping[str, Any]) -> None:
                 f"this base has {name}, which is not among the adapter's {len(saved)} {label}; load the base it was made for"
             )
     for name, site in here.items():
-        for label, value in (("rank", site.rank), ("scaling", site.scaling)):
-            if sites[name].get(label) != value:
-                raise CheckpointError(f"{name}: {label}={sites[name].get(label)!r} in the adapter, {value!r} by its recipe; save it again")
+        for label, value in (("rank", site.rank), ("scaling", site.scaling), ("experts", site.experts)):
+            if (found := sites[name].get(label, 1 if label == "experts" else None)) != value:
+                raise CheckpointError(f"{name}: {label}={found!r} in the adapter, {value!r} by its recipe; save it again")
 
 
 def _compare_base(base: nn.Module, made: Plan, about: Mapping[str, Any], any_base: bool) -> None:
@@ -243,6 +277,9 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
     expected: dict[str, tuple[int, ...]] = {}
     for site in opened.plan.sites:
         expected |= shapes(site, opened.recipe, opened.peft_type, opened.rounds.get(site.name, 0))
+    for block in opened.plan.blocks:
+        slots = opened.recipe.routing.slots(block)
+        expected |= {key: slots[name].shape for name, key in gate_keys(block.name, slots).items()}
     heads: dict[str, dict[str, str]] = {}
     for name, _ in opened.plan.trained_modules:
         state = base.get_submodule(name).state_dict()
@@ -264,6 +301,11 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
                 "save_projection=True"
             )
     return expected, heads, pool
+
+
+def _gate(block: Block, opened: _Opened) -> dict[str, Tensor]:
+    """Slot name -> tensor, of the gate of one block."""
+    return {name: opened.tensors[key] for name, key in gate_keys(block.name, opened.recipe.routing.slots(block)).items()}
 
 
 def _check_tensors(opened: _Opened, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from rankwise.routing import BlockGate
 from rankwise.sites import AdaptedLinear, TrainedModule
 
 Value = TypeVar("Value", int, float)
@@ -22,6 +23,8 @@ def base_names(model: nn.Module) -> list[str]:
     wrapped: list[str] = []
     for full, module in model.named_modules():
         name = plain_name(full).removesuffix("_orig_mod").rstrip(".")
+        if isinstance(module, BlockGate):
+            continue
         if isinstance(module, AdaptedLinear | TrainedModule):
             wrapped.append(name + ".")
             names.append(name)

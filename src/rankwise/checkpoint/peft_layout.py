@@ -23,11 +23,11 @@ from rankwise.adapting import Adapted, Stored
 from rankwise.checkpoint.naming import peft_patterns, shortest
 from rankwise.checkpoint.peft_fields import ADALORA_DEFAULTS, LORA_DEFAULTS, VERA_DEFAULTS
 from rankwise.equation import Start
-from rankwise.planning import Plan
+from rankwise.planning import Plan, own_slots
 from rankwise.preparing import needs_dense
 from rankwise.recipe import Recipe
 from rankwise.sites import AdaptedLinear, adapted_sites
-from rankwise.updates import Site
+from rankwise.updates import Site, Slot
 
 PREFIX = "base_model.model."
 NATIVE = "RANKWISE"
@@ -66,6 +66,8 @@ def layout_of(model: nn.Module, record: Adapted, names: Collection[str]) -> tupl
         return NATIVE, f"PEFT has no start of its own over update={recipe.update.name!r}"
     if reason := recipe.update.peft_reason(sites):
         return NATIVE, reason
+    if any(site.owner for site in sites):
+        return NATIVE, "several sites use one pair, and PEFT would load a copy for each (export_lora writes these copies)"
     if record.plan.held and needs_dense(recipe):
         return NATIVE, "the base's 4-bit form is made here, of a residual or with the lengths of the original rows, and PEFT cannot make it"
     for name, module in adapted_sites(model).items():
@@ -87,17 +89,19 @@ def _has_dead_rows(module: AdaptedLinear) -> bool:
 
 
 def collect(module: AdaptedLinear, rewrites: bool = False) -> Stored:
-    """The tensors of one adapted site, by slot; references, not copies. With `rewrites` the ledger too, or the base weight."""
-    update = {} if module.update is None else {name: getattr(module.update, name).detach() for name in module.update.slots}
+    """The tensors of one adapted site, by slot; references, not copies; those of another site that it uses are left out.
+    With `rewrites` the ledger too, or the base weight."""
+    own = module.own_update
+    update = {} if own is None else {name: getattr(own, name).detach() for name in own.slots}
     gain = {} if module.gain is None else module.gain.saved()
-    start = None if module.offset is None else module.offset.start()
+    start = None if module.offset is None or module.site.owner else module.offset.start()
     weight = module.base_weight() if rewrites and module.ledger is None else None
     return Stored(update, gain, start, weight, module.ledger if rewrites else None)
 
 
 def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[str, Tensor]:
     """Key in the file -> tensor, of one site."""
-    slots = recipe.update.slots(site) | recipe.gain.slots(site)
+    slots = own_slots(recipe, site)
     tensors = {slots[name].key: tensor for name, tensor in (*stored.update.items(), *stored.gain.items())}
     start = stored.start
     if start is not None and is_stacked(recipe, peft_type):
@@ -114,9 +118,11 @@ def encode(site: Site, recipe: Recipe, peft_type: str, stored: Stored) -> dict[s
 
 def shapes(site: Site, recipe: Recipe, peft_type: str, rounds: int = 0) -> dict[str, tuple[int, ...]]:
     """Key in the file -> shape, of one site: what a complete file holds; `rounds` of them stand in its ledger, where it has one."""
-    slots = recipe.update.slots(site) | recipe.gain.slots(site)
+    slots = own_slots(recipe, site)
     found = {slot.key: slot.shape for slot in slots.values()}
-    if is_stacked(recipe, peft_type):
+    if site.owner:
+        pass  # the file holds what it shares once, at the owner
+    elif is_stacked(recipe, peft_type):
         found[slots["down"].key] = (2 * site.rank, site.in_features)
         found[slots["up"].key] = (site.out_features, 2 * site.rank)
     elif recipe.moves_base:
@@ -134,7 +140,10 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
     def named(slots: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: tensors[f"{PREFIX}{site.name}.{slot.key}"] for name, slot in slots.items()}
 
-    update, gain, start = named(recipe.update.slots(site)), named(recipe.gain.slots(site)), None
+    gain, start = named(recipe.gain.slots(site)), None
+    if site.owner:
+        return Stored({}, gain)
+    update = named(recipe.update.slots(site))
     if is_stacked(recipe, peft_type):
         down, up = update["down"], update["up"]
         start = Start(down[site.rank :], -up[:, site.rank :])
@@ -147,6 +156,11 @@ def decode(site: Site, recipe: Recipe, peft_type: str, tensors: Mapping[str, Ten
         folded = {key: tensors[f"{PREFIX}{site.name}.{key}"] for key in ledger.shapes(0, 0, 0, 0)}
         return Stored(update, gain, start, ledger=ledger.from_tensors(folded))
     return Stored(update, gain, start, tensors[f"{PREFIX}{site.name}.{BASE_WEIGHT}"])
+
+
+def gate_keys(block: str, slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Slot name -> key in the file, of the gate of a block."""
+    return {name: f"{PREFIX}{block}.{slot.key}" for name, slot in slots.items()}
 
 
 def pool_keys(peft_type: str, buffers: Collection[str]) -> dict[str, str]:

@@ -24,18 +24,23 @@ from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS, _write_json
 from rankwise.equation import stacked
 from rankwise.errors import CheckpointError
 from rankwise.ledger import recompressed
+from rankwise.routing.static import Mixture
 from rankwise.sites import AdaptedLinear, adapted_sites, trained_modules
 from rankwise.updates import lora_slots
 
 
 @torch.no_grad()
-def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False) -> Path:
+def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False, mixture: Mixture | None = None) -> Path:
     """Writes the adapter as a plain LoRA, which PEFT and other software load; it computes what the model computes.
+
+    A mixture, whose updates depend on the input, has no such LoRA: held still, by `rankwise.routing.static.mean_mixture(model, batches)` or
+    `uniform_mixture(model)`, it gives one that is near, as near as `Mixture.errors` says.
 
     Args:
         model: an adapted model. An update over a folded start is written against the original base.
         folder: where to; made if needed, replaced as a whole. Not a folder that `save` wrote.
         recompress: write each site with as few ranks as its update has, to rounding; always done where it has more than min(out, in).
+        mixture: constant gates for updates that depend on the input.
 
     Raises:
         CheckpointError: a gain or a core that depends on the token, which a plain LoRA cannot hold; base weights that were trained
@@ -44,7 +49,7 @@ def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False) 
     record, names = adapted(model), base_names(model)
     if (Path(folder) / NATIVE_FILE).exists():
         raise CheckpointError(f"{folder} holds an adapter of rankwise; export into a folder of its own")
-    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := exact_pair(module, recompress))[0])}
+    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := exact_pair(module, recompress, mixture))[0])}
     if not pairs:
         raise CheckpointError("every site has rank 0: there is nothing to export")
     heads = [name for name, _ in record.plan.trained_modules]
@@ -82,7 +87,7 @@ def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False) 
     return Path(folder)
 
 
-def exact_pair(module: AdaptedLinear, recompress: bool) -> tuple[Tensor, Tensor]:
+def exact_pair(module: AdaptedLinear, recompress: bool, mixture: Mixture | None = None) -> tuple[Tensor, Tensor]:
     """(down, up) of shapes (k, in), (out, k) whose product is all that one site changes in its original base weight.
 
     Raises:
@@ -91,15 +96,32 @@ def exact_pair(module: AdaptedLinear, recompress: bool) -> tuple[Tensor, Tensor]
     name, site = module.site.name, module.site
     if module.gain is not None:
         raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")
-    if module.update is None or module.update.token_core is not None:
-        raise CheckpointError(f"{name}: the update depends on the token, which a plain LoRA cannot hold")
+    assert module.update is not None
     if module.written and module.ledger is None:
         raise CheckpointError(
             f"the base weight of {name} was trained too, and no ledger says what was folded into it; merge the adapter instead, or train "
             "with a ledger where the schedule offers one"
         )
+    if module.depends_on_input:
+        return _held_still(module, mixture)
     down, up = stacked(module.update.factors(), None if module.offset is None else module.offset.start())
     for finished in module.ledger or []:
         more_down, more_up = finished.pair(site.scaling)
         down, up = torch.cat([down, more_down.to(down.device)]), torch.cat([up, more_up.to(up.device)], dim=1)
     return recompressed(down, up) if (recompress and len(down)) or len(down) > min(site.in_features, site.out_features) else (down, up)
+
+
+def _held_still(module: AdaptedLinear, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
+    """The pair of an update under constant gates."""
+    assert module.update is not None
+    name = module.site.name
+    if mixture is None:
+        raise CheckpointError(
+            f"{name}: the update depends on the {'prompt' if module.place else 'token'}, which a plain LoRA cannot hold; give constant "
+            "gates, mixture=rankwise.routing.static.mean_mixture(model, batches), for one that is near it"
+        )
+    gates = mixture.gates[name].to(module.update.factors().down.device)
+    if module.place is None:
+        return stacked(module.update.stand_in(gates), None)
+    down, up = stacked(module.update.factors(), None if module.offset is None else module.offset.start())
+    return down[: len(down) * bool(gates.any())], up * gates  # a closed gate leaves nothing to write

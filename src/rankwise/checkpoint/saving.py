@@ -21,9 +21,22 @@ from rankwise.adapting import Adapted, adapted, base_weights
 from rankwise.checkpoint.atomic import write_folder
 from rankwise.checkpoint.card import card, facts, method_lines, put_card
 from rankwise.checkpoint.naming import base_names
-from rankwise.checkpoint.peft_layout import BASE_WEIGHT, NATIVE, PREFIX, collect, config_of, encode, is_stacked, layout_of, pool_keys
+from rankwise.checkpoint.peft_layout import (
+    BASE_WEIGHT,
+    NATIVE,
+    PREFIX,
+    collect,
+    config_of,
+    encode,
+    gate_keys,
+    is_stacked,
+    layout_of,
+    pool_keys,
+)
 from rankwise.errors import CheckpointError
+from rankwise.routing.context import gates_of
 from rankwise.sites import adapted_sites, trained_modules
+from rankwise.updates import Site
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, NATIVE_FILE = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
@@ -99,6 +112,8 @@ def _tensors(model: nn.Module, record: Adapted, peft_type: str) -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for module in adapted_sites(model).values():
         tensors |= encode(module.site, record.recipe, peft_type, collect(module, record.recipe.schedule.rewrites_base))
+    for name, gate in gates_of(model).items():
+        tensors |= {key: getattr(gate, slot).detach() for slot, key in gate_keys(name, gate.slots).items()}
     for name, module in trained_modules(model).items():
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
     # copies: a safetensors file takes no views and no shared memory
@@ -141,13 +156,21 @@ def _about(
         "peft_type": peft_type,
         "recipe": recipe.to_dict(),
         "base": {"name_or_path": config["base_model_name_or_path"], "fingerprint": record.fingerprint, "held": record.held_fingerprint},
-        "sites": {site.name: {"rank": site.rank, "scaling": site.scaling} | rounds.get(site.name, {}) for site in record.plan.sites},
+        "sites": {site.name: _site(site) | rounds.get(site.name, {}) for site in record.plan.sites},
         "modules_to_save": [name for name, _ in record.plan.trained_modules],
         # stacked: the second half of lora_A's rows, and minus the second half of lora_B's columns; separate: under keys of its own
         "start": start,
         "pool_checksum": pool_checksum,
         "notes": notes,
+        **({} if record.plan.importance is None else {"importance": record.plan.importance.to_dict()}),
     }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    """What a plan of the same recipe cannot know; "owner" where a site uses the tensors of another one, which the file holds once."""
+    numbers: dict[str, Any] = {"rank": site.rank, "scaling": site.scaling}
+    more = {"experts": site.experts if site.experts > 1 else None, "owner": site.owner or None}
+    return numbers | {key: value for key, value in more.items() if value is not None}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

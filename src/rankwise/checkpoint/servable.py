@@ -24,6 +24,7 @@ from rankwise.checkpoint.peft_layout import PREFIX, peft_targets, task_type
 from rankwise.checkpoint.portable import exact_pair
 from rankwise.checkpoint.saving import CONFIG, WEIGHTS, _write_json
 from rankwise.errors import CheckpointError
+from rankwise.routing.static import Mixture
 from rankwise.sites import AdaptedLinear, adapted_sites
 from rankwise.updates import Site
 
@@ -54,13 +55,14 @@ class Pairs:
 
 
 @torch.no_grad()
-def pairs_of(model: nn.Module, rank: int | None = None, energy: float | None = None) -> Pairs:
+def pairs_of(model: nn.Module, rank: int | None = None, energy: float | None = None, mixture: Mixture | None = None) -> Pairs:
     """Every site's change of its original base weight as a pair.
 
     Args:
         model: an adapted model.
         rank: at most so many ranks a site, whether or not more would be exact.
         energy: of each site's squared norm, keep this part.
+        mixture: constant gates for updates that depend on the input; what they give is an approximation.
 
     Raises:
         CheckpointError: modules that train in full or an embedding, which the profile has no place for; an update that depends on the
@@ -81,7 +83,7 @@ def pairs_of(model: nn.Module, rank: int | None = None, energy: float | None = N
     cuts: dict[str, Cut] = {}
     exact = True
     for name, module in modules.items():
-        cut, whole = _cut(module, rank, energy)
+        cut, whole = _cut(module, rank, energy, mixture)
         exact = exact and whole
         if cut.rank:
             cuts[name] = Cut(cut.down.cpu(), cut.up.cpu(), cut.kept)
@@ -90,23 +92,26 @@ def pairs_of(model: nn.Module, rank: int | None = None, energy: float | None = N
     return Pairs(cuts, {name: modules[name].site for name in cuts}, exact)
 
 
-def _cut(module: AdaptedLinear, rank: int | None, energy: float | None) -> tuple[Cut, bool]:
+def _cut(module: AdaptedLinear, rank: int | None, energy: float | None, mixture: Mixture | None) -> tuple[Cut, bool]:
     """(the pair of one site, whether it is all there is)"""
-    name = module.site.name
+    name, constant = module.site.name, not module.depends_on_input
+    if not constant and mixture is None:
+        raise CheckpointError(
+            f"{name}: the update depends on the {'prompt' if module.place else 'token'}, which a plain LoRA cannot hold; hold its gates "
+            "still at their mean over some rows (--static), which comes near it, or serve it with rankwise"
+        )
     if module.gain is None and not (module.written and module.ledger is None):
-        down, up = exact_pair(module, recompress=False)
+        down, up = exact_pair(module, False, mixture)
         if rank is None and energy is None:
             if len(down) > RANKS[-1]:
-                down, up = exact_pair(module, recompress=True)
+                down, up = exact_pair(module, True, mixture)
             if len(down) > RANKS[-1]:
                 raise CheckpointError(f"the update of {name} has {len(down)} ranks, and servers accept {RANKS[-1]}; {CUT_BY}")
-            return Cut(down, up, 1.0), True
+            return Cut(down, up, 1.0), constant
         if not len(down):
-            return Cut(down, up, 1.0), True
+            return Cut(down, up, 1.0), constant
         cut = cut_pair(down, up, min(rank or RANKS[-1], RANKS[-1]), energy)
-        return cut, cut.kept > 1 - 1e-9
-    if module.update is not None and module.update.token_core is not None:
-        raise CheckpointError(f"{name}: the update depends on the token, which a plain LoRA cannot hold; serve it with rankwise")
+        return cut, constant and cut.kept > 1 - 1e-9
     if rank is None and energy is None:
         what = "its gain rescales whole rows" if module.gain is not None else "the weight itself was trained"
         raise CheckpointError(f"the change of {name} is not of low rank ({what}), so a plain LoRA only comes near it; {CUT_BY}")

@@ -12,12 +12,16 @@ from rankwise.sites import AdaptedLinear, adapted_sites
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
-    """Qualified name -> the model's own tensor: every parameter that trains, what it is measured from, and what a schedule rewrites."""
+    """Qualified name -> the model's own tensor: every parameter that trains, what it is measured from, what a schedule rewrites, and what
+    trained until a schedule froze it at its site (the LoRAs of earlier tasks)."""
     rewrites = adapted(model).recipe.schedule.rewrites_base
     found: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.gain is not None:
             found |= {f"{plain_name(name)}.gain.{anchor}": tensor for anchor, tensor in module.gain.anchors().items()}
+        if isinstance(module, AdaptedLinear) and module.update is not None:
+            held = [slot for slot, about in module.update.slots.items() if about.frozen]
+            found |= {f"{plain_name(name)}.update.{slot}": getattr(module.update, slot) for slot in held}
         if isinstance(module, AdaptedLinear) and rewrites:
             found[f"{plain_name(name)}.base_weight"] = module.storage.live(module.base_layer)
             if module.master is not None:
@@ -30,7 +34,7 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of every parameter that trains, by qualified name: factors, cores, DoRA's delta (with the length that it is
-    measured from), heads.
+    measured from), heads, and the pairs of earlier tasks.
 
     Raises:
         TargetError: the model is not adapted.

@@ -1,6 +1,6 @@
 """Init axis: where do the factors start? A choice is a pure function (site, weight, statistics, generator) -> a starting pair."""
 
-from rankwise.inits.base import Beginning, Calibration, Init, Statistics, site_generator
+from rankwise.inits.base import Beginning, Calibration, Init, Statistics, site_generator, stacked_beginnings
 from rankwise.inits.corda import Corda
 from rankwise.inits.deep_lora import DeepFrames
 from rankwise.inits.lora_ga import LoraGa
@@ -17,5 +17,5 @@ INITS: dict[str, type[Init]] = {
 
 __all__ = [
     "INITS", "Beginning", "Calibration", "Corda", "DeepFrames", "Gaussian", "Init", "Kaiming", "LoraGa", "MinorComponents", "OLora",
-    "Orthonormal", "Own", "Pissa", "RandomUp", "Slice", "Statistics", "site_generator",
+    "Orthonormal", "Own", "Pissa", "RandomUp", "Slice", "Statistics", "site_generator", "stacked_beginnings",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -17,6 +18,15 @@ class Beginning(NamedTuple):
     down: Tensor | None  # (rank, in)
     up: Tensor | None  # (out, rank)
     notes: tuple[str, ...] = ()  # what the user should know, such as replaced dead directions
+
+
+def stacked_beginnings(begun: Sequence[Beginning]) -> Beginning:
+    """The pairs of the experts of one site, side by side: down (experts * rank, in), up (out, experts * rank)."""
+    if len(begun) == 1 or begun[0].down is None or begun[0].up is None:
+        return begun[0]
+    down, up = zip(*((one.down, one.up) for one in begun), strict=True)
+    notes = tuple(note for one in begun for note in one.notes)
+    return Beginning(torch.cat([t for t in down if t is not None]), torch.cat([t for t in up if t is not None], dim=1), notes)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
-"""Routing axis: which updates act on which tokens? No recipe of this version routes; the value 'none' is the axis' origin."""
+"""Routing axis: which updates act on which tokens?
 
-from dataclasses import dataclass
-from typing import ClassVar
+Facts of the batch and losses that are attached inside the graph live in `rankwise.routing.context`.
+"""
 
+from rankwise.routing.base import GATE, Block, BlockGate, RoutingChoice
+from rankwise.routing.everywhere import Everywhere
+from rankwise.routing.prompt_gate import PromptRouting
 
-@dataclass(frozen=True)
-class Everywhere:
-    """Every update acts on every token."""
+ROUTINGS: dict[str, type[RoutingChoice]] = {choice.name: choice for choice in (Everywhere, PromptRouting)}
 
-    name: ClassVar[str] = "none"
-
-
-ROUTINGS: dict[str, type[Everywhere]] = {Everywhere.name: Everywhere}
+__all__ = ["GATE", "ROUTINGS", "Block", "BlockGate", "Everywhere", "PromptRouting", "RoutingChoice"]

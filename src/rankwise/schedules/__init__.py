@@ -1,10 +1,27 @@
 """Schedule axis: when do rank, mask, subspace or structure change?"""
 
 from rankwise.schedules.adalora import AdaLoraBudget
-from rankwise.schedules.base import Change, Event, Moment, Running, Schedule, Sliced
+from rankwise.schedules.base import Allocation, Change, Event, Moment, Running, Sample, Schedule, Sliced
+from rankwise.schedules.lora_drop import LoraDrop
 from rankwise.schedules.none import Constant
 from rankwise.schedules.rosa import Rounds
+from rankwise.schedules.task_growth import TaskGrowth
 
-SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget, Rounds)}
+SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (Constant, AdaLoraBudget, Rounds, LoraDrop, TaskGrowth)}
 
-__all__ = ["SCHEDULES", "AdaLoraBudget", "Change", "Constant", "Event", "Moment", "Rounds", "Running", "Schedule", "Sliced"]
+__all__ = [
+    "SCHEDULES",
+    "AdaLoraBudget",
+    "Allocation",
+    "Change",
+    "Constant",
+    "Event",
+    "LoraDrop",
+    "Moment",
+    "Rounds",
+    "Running",
+    "Sample",
+    "Schedule",
+    "Sliced",
+    "TaskGrowth",
+]

@@ -7,12 +7,14 @@ session acts on it.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from rankwise.inits import Beginning
+    from rankwise.planning import Plan
     from rankwise.recipe import Recipe
     from rankwise.updates import Site
 
@@ -35,11 +37,13 @@ class Change:
 
     reset: parameters whose optimizer state must be forgotten. sliced: parameters that were replaced by parts of themselves.
     ranks: site name -> positions of the ranks that stay, to be cut by the session (`resizing.resize`), optimizer state and all.
+    grown: names of sites that gain one expert (`resizing.grow`); the optimizer takes its tensors in and lets those go that froze.
     """
 
     reset: Sequence[nn.Parameter] = field(default=())
     sliced: Sequence[Sliced] = field(default=())
     ranks: Mapping[str, Tensor] = field(default_factory=dict)
+    grown: Sequence[str] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,37 @@ class Running(ABC):
         return {}
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a schedule asks of the training data before training.
+
+    share: of the rows, stratified, at least one of each stratum. strata: 'label' for classes, 'length' for five classes of length, 'none',
+    or 'auto', the first that the data has.
+    """
+
+    share: float
+    strata: Literal["auto", "label", "length", "none"]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a schedule decided before training: which sites have which update, and with which values some of them begin.
+
+    warm: site name -> parameter name within the site -> its value; other sites begin as the init says.
+    """
+
+    plan: "Plan"
+    warm: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
 class Schedule(ABC):
     """Abstract: one value of the schedule axis. Final subclasses are frozen dataclasses of options."""
 
     name: ClassVar[str]
     #: whether ranks may change while training, so that a saved adapter may hold fewer than its recipe says
     changes_ranks: ClassVar[bool] = False
+    #: whether sites may gain experts while training, so that a saved adapter may hold more than its recipe begins with
+    changes_experts: ClassVar[bool] = False
     #: whether it writes what the factors have learned into the base weights while training
     rewrites_base: ClassVar[bool] = False
     #: for a schedule that rewrites the base: 'keep' a copy of the original weights on the CPU, so that `disabled` and `unadapt` give the
@@ -105,6 +134,31 @@ class Schedule(ABC):
     def check(self, sites: "Sequence[Site]") -> None:
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""
         return
+
+    @property
+    def sample(self) -> Sample | None:
+        """The data by which this schedule changes the plan before anything is built (`allocate`); None where it does not."""
+        return None
+
+    def note(self, sites: "Sequence[Site]") -> str:
+        """What a plan says of what `allocate` will do; empty where there is nothing to say."""
+        return ""
+
+    def allocate(
+        self, model: nn.Module, made: "Plan", batches: Sequence[Mapping[str, Any]] | None, begun: "Mapping[str, Beginning] | None"
+    ) -> Allocation:
+        """Changes a plan by what real data show; called by `adapt`, once, where `sample` is not None.
+
+        Args:
+            model: the base, not adapted; left as it is.
+            made: the plan of all sites.
+            batches: as the model takes them, with labels; None where the caller gave none.
+            begun: site name -> starting pair, of an init that needed calibration.
+
+        Raises:
+            CalibrationError: batches that are missing or of no use.
+        """
+        return Allocation(made)
 
     def decay(self, role: str) -> float:
         """What the weight decay of a role is multiplied by, beside what the gradient rule says."""

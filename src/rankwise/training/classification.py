@@ -26,6 +26,7 @@ class EncodedClassification:
     source: str
     report: Report
     max_length: int | None = None
+    types: list[int] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -36,13 +37,32 @@ class EncodedClassification:
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        row: dict[str, Any] = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        return row if self.types is None else row | {"sample_types": self.types[index]}
 
     def as_dataset(self) -> Any:
         """The same as a `datasets.Dataset` with the columns input_ids and labels."""
         import datasets
 
-        return datasets.Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
+        columns: dict[str, Any] = {"input_ids": self.input_ids, "labels": self.labels}
+        return datasets.Dataset.from_dict(columns if self.types is None else columns | {"sample_types": self.types})
+
+
+def class_names(sets: Sequence[Rows]) -> list[str]:
+    """The classes of one or more sets of rows: all their labels, sorted; numbers in the order of numbers.
+
+    Raises:
+        DataError: a row of another shape, or fewer than two classes in all.
+    """
+    labels: list[Any] = []
+    for rows in sets:
+        shape = recognise(rows, "classification")
+        labels.extend(normalise(row, shape)[1] for row in rows.rows)
+    names = sorted(set(map(str, labels)), key=int if all(isinstance(label, int) for label in labels) else None)
+    if len(names) < 2:
+        where = ", ".join(dict.fromkeys(rows.source for rows in sets))
+        raise DataError(f"{where}: every row has the label {names[0]!r}; a classifier needs at least two classes")
+    return names
 
 
 def encode_classification(rows: Rows, tokenizer: Any, max_length: int | None, labels: Sequence[str] | None = None) -> EncodedClassification:
@@ -57,10 +77,7 @@ def encode_classification(rows: Rows, tokenizer: Any, max_length: int | None, la
     texts = [str(pair[0]) for pair in pairs]
     given = [str(pair[1]) for pair in pairs]
     if labels is None:
-        numbers = all(isinstance(pair[1], int) for pair in pairs)
-        names = sorted(set(given), key=int if numbers else None)
-        if len(names) < 2:
-            raise DataError(f"{rows.source}: every row has the label {names[0]!r}; a classifier needs at least two classes")
+        names = class_names([rows])
     else:
         names = [str(name) for name in labels]
     number = {name: index for index, name in enumerate(names)}

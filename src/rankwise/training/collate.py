@@ -19,7 +19,8 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """{'input_ids', 'attention_mask', 'labels'}, int64 tensors (batch, length); labels only if the features have them."""
+        """{'input_ids', 'attention_mask', 'labels'}, int64 tensors (batch, length); labels, and sample_types (batch,), only if the features
+        have them."""
         import torch
 
         rows = [list(feature["input_ids"]) for feature in features]
@@ -36,4 +37,6 @@ class Collator:
             if not isinstance(labels[0], int):
                 labels = [list(label) + [self.label_pad] * (length - len(label)) for label in labels]
             batch["labels"] = torch.tensor(labels, dtype=torch.long)
+        if "sample_types" in features[0]:
+            batch["sample_types"] = torch.tensor([feature["sample_types"] for feature in features], dtype=torch.long)
         return batch

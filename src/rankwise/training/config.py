@@ -4,11 +4,12 @@ Twenty-five keys and no more. What belongs to a method (its options, the axes, p
 recipe's own function already knows and checks it.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rankwise.errors import ConfigError, nearest
 from rankwise.training.yaml_text import apply_override, copy_plain, parse_yaml
@@ -20,12 +21,29 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class DataConfig(_Strict):
-    """Where the rows are: a file, a folder or a Hub name each; 'demo' is the bundled sample."""
+class TaskConfig(_Strict):
+    """One task of a sequence: its name and its rows, as under `data`."""
 
-    train: str = Field(description="rows to train on")
+    name: str = Field(min_length=1, description="what the task is called in tables and folders")
+    data: "DataConfig" = Field(description="a path, or {train, eval}")
+    filter: dict[str, Any] | None = Field(None, description="column -> value or list of values: only these rows")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _file(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str) else value
+
+
+class DataConfig(_Strict):
+    """Where the rows are: a file, a folder or a Hub name each; 'demo' is the bundled sample. `tasks` instead of the rest trains one data
+    set after another."""
+
+    train: str | None = Field(None, description="rows to train on")
     eval: str | None = Field(None, description="rows of the same task to evaluate on, before and after")
     general: str | None = Field(None, description="general text: how much is forgotten (causal tasks)")
+    types: str | None = Field(None, description="column that says of which kind a row is, for methods that balance kinds")
+    filter: dict[str, Any] | None = Field(None, description="column -> value or list of values: only these rows")
+    tasks: tuple[TaskConfig, ...] | None = Field(None, description="a sequence of tasks, {name, data, filter} each")
 
 
 class TrainConfig(_Strict):
@@ -52,7 +70,7 @@ class Config(_Strict):
 
     model: str = Field(description="a model folder; 'demo' and 'minilm' are models that come with the package and its test extra")
     task: Task = Field("completion", description="completion, chat, text or classification")
-    data: DataConfig = Field(description="a path, or {train, eval, general}")
+    data: DataConfig = Field(description="a path, or {train, eval, general, types, filter}, or {tasks: [...]}")
     method: dict[str, Any] = Field({"name": "lora"}, description="a recipe's name, or {name, its options, axes such as gain: dora}")
     rank: int | None = Field(None, ge=1, description="inner size of the factors; default: the recipe's own")
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; default: the recipe's own")
@@ -62,6 +80,14 @@ class Config(_Strict):
     train: TrainConfig = Field(TrainConfig(), description="how to train")  # type: ignore[call-arg]
     output: str = Field("runs/run", description="folder of the run")
     seed: int = Field(0, ge=0, description="seed of factors, data order, dropout and a new head")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks(cls, value: Any) -> Any:
+        """`tasks:` at the top stands for data.tasks."""
+        if isinstance(value, dict) and "tasks" in value and "data" not in value:
+            value = {key: part for key, part in value.items() if key != "tasks"} | {"data": {"tasks": value["tasks"]}}
+        return value
 
     @field_validator("method", mode="before")
     @classmethod
@@ -105,8 +131,49 @@ def make_config(plain: Mapping[str, Any], overrides: Sequence[str] = (), where: 
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, where)) from None
+    _check_data(config.data, where)
     resolve(config)  # a method that cannot be built is refused here, before a model is loaded
     return config
+
+
+def _check_data(data: DataConfig, where: str, parent: str = "data") -> None:
+    """What the types alone do not say."""
+    if data.tasks is None:
+        if data.train is None:
+            raise ConfigError(f"{where}: key '{parent}.train' is missing; add it, for example {parent}.train=...")
+        return
+    if parent != "data":
+        raise ConfigError(f"{where}: {parent}.tasks: a task holds no tasks of its own; give its rows, {{train, eval}}")
+    for key in ("train", "eval", "general", "filter"):
+        if getattr(data, key) is not None:
+            raise ConfigError(f"{where}: data.{key} beside data.tasks: each task names its own rows; move it into the tasks or take it out")
+    if not data.tasks:
+        raise ConfigError(f"{where}: data.tasks is empty; name at least one task, {{name: ..., data: ...}}")
+    for index, task in enumerate(data.tasks):
+        if task.name in [other.name for other in data.tasks[:index]]:
+            raise ConfigError(f"{where}: data.tasks names two tasks {task.name!r}; a name is what tells them apart in the tables")
+        for key in ("general", "types"):
+            if getattr(task.data, key) is not None:
+                raise ConfigError(f"{where}: data.tasks.{index}.data.{key} is not for a single task; types stand at data.types")
+        if task.filter is not None and task.data.filter is not None:
+            raise ConfigError(f"{where}: data.tasks.{index} has a filter twice; remove one")
+        _check_data(task.data, where, f"data.tasks.{index}.data")
+
+
+def task_folder(index: int, name: str) -> str:
+    """Name of a task's folder within a run: its number and what of its name a file system takes."""
+    return f"{index + 1:02d}-" + re.sub(r"[^\w.-]+", "-", name)[:60]
+
+
+def task_configs(config: Config) -> dict[str, Config]:
+    """Task name -> a configuration of that task alone, in their order; a run without tasks is one task without a name."""
+    if config.data.tasks is None:
+        return {"": config}
+    found = {}
+    for task in config.data.tasks:
+        data = task.data.model_copy(update={"types": config.data.types, "filter": task.filter or task.data.filter})
+        found[task.name] = config.model_copy(update={"data": data})
+    return found
 
 
 def keys() -> dict[str, str]:
@@ -141,6 +208,7 @@ _ELSEWHERE = {
     "base_model": "model",
     "model_name_or_path": "model",
     "dataset": "data",
+    "datasets": "data.tasks",
     "output_dir": "output",
     "learning_rate": "train.lr",
     "num_train_epochs": "train.epochs",
@@ -178,12 +246,12 @@ def resolve(config: Config) -> Any:
     Raises:
         ConfigError: an unknown recipe or option. RecipeError: values that cannot be combined.
     """
-    from rankwise.recipes import RECIPES
+    from rankwise.recipes import RECIPES, unknown
 
     options = dict(config.method)
     name = options.pop("name", "lora")
     if name not in RECIPES:
-        raise ConfigError(f"method={name!r} is unknown{nearest(str(name), RECIPES)} The methods are {', '.join(RECIPES)}")
+        raise ConfigError(f"method={name!r} is unknown{unknown(str(name))}")
     given = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout, "targets": config.targets}
     for key, value in given.items():
         if value is None:
@@ -235,7 +303,12 @@ def resolved(config: Config) -> Config:
             return value
         return str(Path(value).expanduser().resolve())
 
-    data = config.data.model_copy(update={key: absolute(getattr(config.data, key)) for key in DataConfig.model_fields})
+    def rows(data: DataConfig) -> DataConfig:
+        tasks = None if data.tasks is None else tuple(task.model_copy(update={"data": rows(task.data)}) for task in data.tasks)
+        paths = {key: absolute(getattr(data, key)) for key in ("train", "eval", "general")}
+        return data.model_copy(update=paths | {"tasks": tasks})
+
+    data = rows(config.data)
     train = config.train.model_copy(update={"lr": recipe.lr if config.train.lr is None else config.train.lr})
     return config.model_copy(update={"model": absolute(config.model), "data": data, "train": train, "output": str(Path(config.output))})
 

@@ -68,7 +68,7 @@ class Encoded:
 
     input_ids, labels: equally long lists; a label is the id itself or -100 where there is no loss (not shifted).
     lines: the line number of the row each sequence comes from. source: the file. loss_on: what the loss is on, in words.
-    report: what was counted. max_length: where sequences were cut.
+    report: what was counted. max_length: where sequences were cut. types: the kind of each sequence's row, where a column says it.
     """
 
     input_ids: list[list[int]]
@@ -78,18 +78,21 @@ class Encoded:
     loss_on: str
     report: Report
     max_length: int | None = None
+    types: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        return row if self.types is None else row | {"sample_types": self.types[index]}
 
     def as_dataset(self) -> Any:
-        """The same as a `datasets.Dataset` with the columns input_ids and labels, for trainers that want one."""
+        """The same as a `datasets.Dataset` with the columns input_ids and labels (and sample_types), for trainers that want one."""
         import datasets
 
-        return datasets.Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
+        columns: dict[str, Any] = {"input_ids": self.input_ids, "labels": self.labels}
+        return datasets.Dataset.from_dict(columns if self.types is None else columns | {"sample_types": self.types})
 
 
 def report_of(
@@ -171,4 +174,5 @@ def check_encoded(encoded: Encoded, allow: Iterable[str] = ()) -> Encoded:
     if len(kept) == len(encoded):
         return encoded
     ids, labels, lines = ([values[index] for index in kept] for values in (encoded.input_ids, encoded.labels, encoded.lines))
-    return replace(encoded, input_ids=ids, labels=labels, lines=lines)
+    types = None if encoded.types is None else [encoded.types[index] for index in kept]
+    return replace(encoded, input_ids=ids, labels=labels, lines=lines, types=types)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankwise.routing.context import facts_of
+
 TOKENS = 4096  # padded tokens of one forward: bounds the logits in memory
 
 
@@ -48,7 +50,8 @@ def causal_scores(model: Any, encoded: Any, collate: Callable[..., Mapping[str, 
             batch = collate([{"input_ids": encoded.input_ids[row], "labels": encoded.labels[row]} for row in rows])
             batch = {key: value.to(device) for key, value in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+                facts = facts_of(model, batch)  # the prompt's end, for models that route by it: the answer must not be looked at
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **facts).logits
             labels = batch["labels"][:, 1:]  # (rows, length - 1): what follows each token
             kept = labels != -100
             total += float(F.cross_entropy(logits[:, :-1][kept].float(), labels[kept], reduction="sum"))

@@ -31,6 +31,7 @@ from rankwise.checkpoint.proof import (
 )
 from rankwise.checkpoint.servable import DTYPES, Pairs, about_base, padded, padded_rank, pairs_of, write_servable
 from rankwise.errors import CheckpointError, ConfigError, TargetError, nearest
+from rankwise.routing.static import Mixture, mean_mixture
 from rankwise.training.folder import RunFolder, run_of
 from rankwise.training.models import Loaded, load_model
 from rankwise.training.use import Opened, adapter_folder, open_adapter
@@ -67,6 +68,7 @@ def export(
     rank: int | None = None,
     energy: float | None = None,
     dtype: str | None = None,
+    static: bool = False,
     tokenizer: Any = None,
 ) -> Exported:
     """Writes an adapter in the form that other software takes, loads that again, and compares it with the trained model.
@@ -79,6 +81,7 @@ def export(
         rank, energy: for 'lora' and 'gguf-lora': cut each site to a rank, or to as many as keep this part of its squared norm. Needed where
             the change is not of low rank; on request elsewhere.
         dtype: 'fp32', 'bf16' or 'fp16' of the weights written; None takes the base's own (fp32 for 'peft').
+        static: hold gates that depend on the input still, at their mean over the rows of the proof: an approximation.
         tokenizer: for the prompts of the proof where `base` or `source` is a model; without one, rows of ids are taken.
 
     Raises:
@@ -90,12 +93,14 @@ def export(
     if format == "merged":
         from rankwise.training.use import merge
 
+        if static:
+            raise ConfigError("static=True holds gates still for a plain LoRA, and a mixture has no merged weights; use format='lora'")
         if isinstance(source, nn.Module) or isinstance(base, nn.Module):
             raise ConfigError("format='merged' is written from an adapter's folder and a base's folder; save the adapter first")
         done = merge(source, output, base, dtype)
         return Exported(output, format, done["dtype"], done["proof"])
     with _opened(source, base, tokenizer) as work:
-        return _written(work, output, format, rank, energy, dtype)
+        return _written(work, output, format, rank, energy, dtype, static)
 
 
 def _checked(output: str | Path, format: str, rank: int | None, energy: float | None, dtype: str | None) -> Path:
@@ -180,7 +185,9 @@ def proof_batches(opened: Opened) -> list[Batch]:
     return own + prompt_batches(opened.loaded.tokenizer)[: 8 - len(own)]
 
 
-def _written(work: _Work, output: Path, format: str, rank: int | None, energy: float | None, dtype: str | None) -> Exported:
+def _written(
+    work: _Work, output: Path, format: str, rank: int | None, energy: float | None, dtype: str | None, static: bool = False
+) -> Exported:
     import rankwise as rw
     from rankwise.checkpoint.atomic import write_folder
 
@@ -190,10 +197,11 @@ def _written(work: _Work, output: Path, format: str, rank: int | None, energy: f
     kind = next(model.parameters()).dtype
     method = method_lines(record.recipe, record.plan.sites)
     trained = logits_on(model, work.batches)
-    pairs = None if format == "peft" else pairs_of(model, rank, energy)
+    mixture = mean_mixture(model, work.batches) if static else None
+    pairs = None if format == "peft" else pairs_of(model, rank, energy, mixture)
     file_dtype = DTYPES[dtype] if dtype else torch.float32 if format == "peft" or kind not in DTYPES.values() else kind
     ready = {} if pairs is None else _ready(pairs, format, file_dtype)
-    notes = [] if pairs is None else _cut_notes(pairs, ready)
+    notes = [] if pairs is None else _cut_notes(pairs, ready, mixture)
     tolerance = tolerance_of(file_dtype, kind) if pairs is None or pairs.exact else None
     with write_folder(output) as folder:
         if format == "peft":
@@ -232,12 +240,17 @@ def _ready(pairs: Pairs, format: str, dtype: torch.dtype) -> dict[str, tuple[Ten
     return {name: padded(cut, rank, dtype) for name, cut in pairs.cuts.items()}
 
 
-def _cut_notes(pairs: Pairs, ready: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+def _cut_notes(pairs: Pairs, ready: Mapping[str, tuple[Tensor, Tensor]], mixture: Mixture | None) -> list[str]:
     rank = len(next(iter(ready.values()))[0])
     least, mean = pairs.kept()
     notes = [f"{len(ready)} layers at rank {rank} (the largest has {pairs.largest}), lora_alpha {rank}, every scale in lora_B"]
+    if mixture is not None:
+        worst = max(mixture.errors.values())
+        notes.append(f"gates held at their mean; on these rows their mean distance from it is {worst:.2g} at the worst layer")
     if pairs.exact:
         return [*notes, "exact: nothing was cut"]
+    if least > 1 - 1e-9:
+        return notes
     return [*notes, f"kept of the squared norm of each change: {mean:.2%} on average, {least:.2%} at least"]
 
 
@@ -333,7 +346,7 @@ def _dress(
     put_card(folder, card(about, layout, method, fingerprint, recipe_name or "lora", data, metrics, lines, rank))
     if work.adapter is not None:
         copy_tokenizer(work.adapter, folder)
-        if format == "peft" and (work.adapter / "training.json").is_file():
+        if format != "gguf-lora" and (work.adapter / "training.json").is_file():
             shutil.copy2(work.adapter / "training.json", folder / "training.json")
 
 

@@ -14,8 +14,9 @@ from rankwise.errors import ConfigError
 from rankwise.training.config import Config, load_config, resolve, to_yaml
 
 State = Literal["new", "resume", "finished"]
-OWN_FILES = ("config.yaml", "run.json", "plan.txt", "data.json", "metrics.jsonl", "timing.jsonl", "before.json", "results.json")
-OWN_FOLDERS = ("checkpoints", "adapter")
+IMPORTANCE = "importance.json"  # what a schedule measured before training, and what it made of it
+OWN_FILES = ("config.yaml", "run.json", "plan.txt", "data.json", "metrics.jsonl", "timing.jsonl", "before.json", "results.json", IMPORTANCE)
+OWN_FOLDERS = ("checkpoints", "adapter", "tasks")
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -39,9 +40,16 @@ class RunFolder:
         return self.root / "checkpoints"
 
     def checkpoint(self) -> tuple[Path, int] | None:
-        """The newest whole checkpoint and its step; half-written ones have another name and are never seen."""
+        """The newest whole checkpoint and its step, in a sequence that of its last task; half-written ones are never seen."""
         found = sorted((int(match[1]), path) for path, match in self._numbered() if match and (path / TRAINER_STATE).is_file())
-        return (found[-1][1], found[-1][0]) if found else None
+        if found:
+            return found[-1][1], found[-1][0]
+        return next((newest for part in reversed(self.parts()) if (newest := part.checkpoint())), None)
+
+    def parts(self) -> list["RunFolder"]:
+        """The runs of the tasks that a sequence has begun, in their order; each holds its own checkpoints, metrics and results."""
+        folder = self.root / "tasks"
+        return [RunFolder(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
 
     def _numbered(self) -> list[tuple[Path, "re.Match[str] | None"]]:
         if not self.checkpoints.is_dir():

@@ -8,8 +8,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,23 @@ class Rows:
         return f"{self.source}, {self.unit} {self.lines[index]}"
 
 
+def types_of(rows: Rows, column: str) -> list[int]:
+    """The kind of each row, a whole number from a column.
+
+    Raises DataError: a row without the column, or with a value that is no whole number.
+    """
+    found: list[int] = []
+    for index, row in enumerate(rows.rows):
+        value = row.get(column)
+        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+            value = int(value)
+        if not isinstance(value, int):
+            held = f"holds {value!r}" if column in row else f"is missing; the row has {', '.join(map(repr, row))}"
+            raise DataError(f"{rows.place(index)}: the column {column!r} (data.types) {held}; every row needs a whole number there")
+        found.append(int(value))
+    return found
+
+
 def read_rows(source: str | Path, split: str | None = None) -> Rows:
     """The rows of `source`.
 
@@ -63,6 +80,28 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
         return _read_hub(source, split or "train")
     raise DataError(f"no such file or folder: {path}{_near(path)}")
+
+
+def chosen(rows: Rows, wanted: Mapping[str, Any] | None) -> Rows:
+    """The rows whose columns have one of the wanted values, under their own line numbers; all where nothing is wanted.
+
+    Raises:
+        DataError: a row without such a column, or no row with such values.
+    """
+    if wanted is None:
+        return rows
+    values = {column: value if isinstance(value, list | tuple) else [value] for column, value in wanted.items()}
+    kept = []
+    for index, row in enumerate(rows.rows):
+        for column in values:
+            if column not in row:
+                raise DataError(f"{rows.place(index)}: filter names the column {column!r}, which the row lacks; it has {', '.join(row)}")
+        if all(row[column] in allowed for column, allowed in values.items()):
+            kept.append(index)
+    if not kept:
+        text = " and ".join(f"{column} in {list(allowed)}" for column, allowed in values.items())
+        raise DataError(f"{rows.source}: no row has {text}, which filter asks for; look at the values in the file")
+    return replace(rows, rows=[rows.rows[index] for index in kept], lines=[rows.lines[index] for index in kept])
 
 
 def _near(path: Path) -> str:

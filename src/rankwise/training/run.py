@@ -4,17 +4,20 @@ import json
 import math
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.training.config import Config, load_config, make_config, resolve, resolved
+from rankwise.report import allocation_text
+from rankwise.training.config import Config, load_config, make_config, resolve, resolved, task_configs
 from rankwise.training.evaluate import causal_scores, class_scores, scores_table
-from rankwise.training.folder import RunFolder, begin, config_of, identity, look, write_json
+from rankwise.training.folder import IMPORTANCE, RunFolder, begin, config_of, identity, look, write_json
 from rankwise.training.models import Loaded, load_model, load_tokenizer, model_folder, pick_device, pick_precision
-from rankwise.training.prepare import Prepared, calibration_batches, prepare, source_names
+from rankwise.training.prepare import Prepared, calibration_batches, calibration_rows, prepare, source_names, strata_of, validation_batches
 from rankwise.training.progress import say
 from rankwise.training.quiet import quiet
 
@@ -29,6 +32,7 @@ class Result:
     steps: int
     before: Scores
     after: Scores
+    sequence: dict[str, Any] | None = None  # of a run over tasks: `sequence.summary`
 
     @property
     def adapter(self) -> Path:
@@ -68,10 +72,15 @@ def train(
     if not isinstance(config, Config):
         config = make_config(config, overrides) if isinstance(config, Mapping) else load_config(config, overrides)
     config = resolved(config)
-    mine = identity(config, [None if found is None else found[0] for found in source_names(config).values()])
+    sources = [found[0] for part in task_configs(config).values() for found in source_names(part).values() if found is not None]
+    mine = identity(config, sources)
     run, state = look(Path(config.output), mine, fresh)
     if state == "finished":
         return _finished(run, console)
+    if config.data.tasks is not None:
+        from rankwise.training.sequence import train_sequence
+
+        return train_sequence(config, run, mine, state == "new", console, closing)
     tokenizer, notes = load_tokenizer(model_folder(config.model))
     data = prepare(config, tokenizer)
     say(console, data.text())
@@ -79,14 +88,36 @@ def train(
     loaded = adapted_model(config, data, run.checkpoint() if state == "resume" else None, console)
     for note in dict.fromkeys([*notes, *loaded.notes]):
         say(console, f"Note  {note}")
-    plan = str(loaded.model.rankwise.plan)
+    made = loaded.model.rankwise.plan
+    plan = str(made)
     say(console, plan)
+    if allocated := allocation_text(made):
+        say(console, allocated)
     if state == "new":
         begin(run, config, mine, plan, data.report())
+        if made.importance is not None:
+            write_json(run / IMPORTANCE, _importance(config, data, made))
     result = _trained(config, run, data, loaded, console)
     if closing:
         say(console, next_steps(run, config))
     return result
+
+
+def _importance(config: Config, data: Prepared, made: Any) -> dict[str, Any]:
+    """What the allocation was decided from, and what it is: the rows by their numbers, the report, the sites."""
+    drawn = calibration_rows(config, data, made.recipe)
+    owners = {site.name: site.owner for site in made.sites if site.owner}
+    shared, left = set(owners.values()), [site.name for site in made.sites]
+    strata = strata_of(data, made.recipe.schedule.sample.strata)
+    return {
+        "rows": drawn,
+        "strata": dict(Counter(strata[index] for index in drawn)),
+        "scores": made.importance.scores(),
+        "kept": [name for name in left if name not in owners and name not in shared],
+        "owners": owners,
+        "removed": [site.site for site in made.importance.sites if site.site not in left],
+        "report": made.importance.to_dict(),
+    }
 
 
 def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None = None, console: Any = None) -> Loaded:
@@ -94,8 +125,8 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
 
     Args:
         config: the run.
-        data: its rows; some of the training rows are what an init that asks for calibration sees.
-        found: the checkpoint to go on from. A start that was made from weights or data is read from there instead of being made again.
+        data: its rows; some of the training rows are what an init or a schedule sees that asks for data.
+        found: the checkpoint to go on from. What was made from weights or data is read from there instead of being made again.
         console: where to say that calibration runs.
     """
     import rankwise as rw
@@ -104,26 +135,32 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
     loaded = load_model(config.model, config.task, data.labels, dtype, config.seed)
     recipe = resolve(config)
     recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules])))
-    ask = recipe.init.calibration
-    if found is not None and (ask is not None or recipe.init.needs_weight):
+    if recipe.schedule.sample is not None and config.train.lr is not None:
+        recipe = recipe.replace(lr=config.train.lr)  # what a schedule trains beforehand is trained as the run is
+    asks = recipe.init.calibration is not None or recipe.schedule.sample is not None
+    if found is not None and (asks or recipe.init.needs_weight):
         rw.load(loaded.model, found[0] / "adapter")
         return loaded
-    batches = None if ask is None else calibration_batches(config, data, ask.rows)
-    if ask is not None and batches is not None and console is not None:
-        say(console, f"Calibrating on {min(ask.rows, len(data.train)):,} of {len(data.train):,} training rows, {len(batches)} batches")
+    drawn = calibration_rows(config, data, recipe)
+    batches = calibration_batches(config, data, drawn) if asks else None
+    if batches is not None and console is not None:
+        what = "Calibrating" if recipe.schedule.sample is None else "Probing"
+        say(console, f"{what} on {len(drawn):,} of {len(data.train):,} training rows, {len(batches)} batches")
     rw.adapt(loaded.model, recipe, calibration=batches)
     return loaded
 
 
 def scorer(config: Config, data: Prepared, model: Any) -> Callable[[], Scores]:
     """A function that scores the model on every set of rows kept for that."""
+    found = scorers(config, data, model)
+    return lambda: {name: score() for name, score in found.items()}
+
+
+def scorers(config: Config, data: Prepared, model: Any) -> dict[str, Callable[[], dict[str, float]]]:
+    """Name of a set of rows -> a function that scores the model on it."""
     dtype = pick_precision(config.train.precision, next(model.parameters()).device)
     score = class_scores if config.task == "classification" else causal_scores
-
-    def scores() -> Scores:
-        return {name: score(model, encoded, data.collate, dtype) for name, encoded in data.scored.items()}
-
-    return scores
+    return {name: partial(score, model, encoded, data.collate, dtype) for name, encoded in data.scored.items()}
 
 
 def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, console: Any) -> Result:
@@ -142,7 +179,8 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
     found = run.checkpoint()
     if found:
         say(console, f"Resuming {run.root} from its checkpoint at step {found[1]} of {steps}")
-    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps)
+    held_out = validation_batches(config, data) if model.rankwise.recipe.routing.wants_validation else None
+    optimizer = rw.optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay, total_steps=steps, validation=held_out)
     with Progress(console, steps) as progress:
         recorder = Recorder(run, found[1] if found else 0, progress)
         trainer = _trainer(config, run, data, loaded, optimizer, steps)
@@ -213,7 +251,9 @@ def _flat(scores: Scores) -> dict[str, float]:
     return {f"{name}_{score}": value for name, each in scores.items() for score, value in each.items() if score not in ("tokens", "rows")}
 
 
-def _save_adapter(run: RunFolder, config: Config, data: Prepared, model: Any, before: Scores, after: Scores) -> None:
+def _save_adapter(
+    run: RunFolder, config: Config, data: Prepared, model: Any, before: Scores | None = None, after: Scores | None = None
+) -> None:
     """The adapter and, beside it, what it takes to use it: the base, the task, the classes; and its card with data and scores."""
     import rankwise as rw
     from rankwise.checkpoint.atomic import write_folder
@@ -225,7 +265,7 @@ def _save_adapter(run: RunFolder, config: Config, data: Prepared, model: Any, be
     with write_folder(run.adapter) as folder:
         rw.save(model, folder)
         write_json(folder / "training.json", about)
-        more = {"data": data_lines(data.report()), "metrics": scores_lines(before, after)}
+        more = {"data": data_lines(data.report()), "metrics": scores_lines(before or {}, after or {})}
         put_card(folder, adapter_card(model, saved_type(folder), **more))
 
 
@@ -240,8 +280,13 @@ def _finished(run: RunFolder, console: Any) -> Result:
     say(console, f"{run.root} is finished ({done['steps']} steps); nothing is left to do")
     if done["after"]:
         console.print(scores_table(done["before"], done["after"]))
+    sequence = done.get("sequence")
+    if sequence is not None:
+        from rankwise.training.sequence import say_summary
+
+        say_summary(console, sequence)
     say(console, next_steps(run, config_of(run)))
-    return Result(run, done["steps"], done["before"], done["after"])
+    return Result(run, done["steps"], done["before"], done["after"], sequence)
 
 
 def next_steps(run: RunFolder, config: Config) -> str:

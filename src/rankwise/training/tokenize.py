@@ -47,6 +47,7 @@ def encode_rows(
     template: Literal["auto", "chat", "none"] = "auto",
     template_options: dict[str, Any] | None = None,
     train: Encoded | None = None,
+    types: Sequence[int] | None = None,
 ) -> Encoded:
     """Token ids and labels of every row.
 
@@ -55,6 +56,7 @@ def encode_rows(
     template: 'auto' writes every conversation (prompt and completion strings too) with the tokenizer's chat template if it has one; 'none'
         takes prompt and completion verbatim and puts the tokenizer's end token behind; 'chat' insists on a template.
     template_options: passed to the chat template. train: the encoded training rows, when these are for evaluation, to count rows in both.
+    types: the kind of each row, kept beside its sequences.
 
     A conversation whose template rewrites earlier turns gives several sequences; `Encoded.lines` says which row each comes from.
     Raises DataError, with the place of the row, if a row has the wrong shape or cannot be masked rightly. Empty supervision, cut answers
@@ -107,7 +109,8 @@ def encode_rows(
     if max_length is not None:
         ids = [row[:max_length] for row in ids]
         labels = [row[:max_length] for row in labels]
-    encoded = Encoded(ids, labels, lines, rows.source, about, report, max_length)
+    kinds = None if types is None else [types[owner] for owner in owners]
+    encoded = Encoded(ids, labels, lines, rows.source, about, report, max_length, kinds)
     return encoded if train is None else replace(encoded, report=_with_duplicates(encoded, train))
 
 

@@ -22,6 +22,7 @@ from rankwise.checkpoint import load_trainable_state, trainable_state
 from rankwise.checkpoint.atomic import write_folder
 from rankwise.errors import TrainingError
 from rankwise.optim import Session
+from rankwise.routing.context import takes_context
 from rankwise.sites import AdaptedLinear, TrainedModule
 from rankwise.training.config import Config
 from rankwise.training.folder import TRAINER_STATE, RunFolder
@@ -104,6 +105,8 @@ class RankwiseTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.step_tokens += int(inputs["attention_mask"].sum())
+        if not takes_context(cast(nn.Module, self.accelerator.unwrap_model(model))):
+            inputs.pop("sample_types", None)  # a column of the data that this method has no use for
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
             raise self._diverged(f"the loss is {float(loss)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rankwise.errors import CheckpointError, ConfigError
-from rankwise.training.config import Config, make_config
+from rankwise.training.config import Config, make_config, task_configs
 from rankwise.training.folder import config_of, run_of
 from rankwise.training.models import Loaded, load_model, pick_device, pick_precision
 
@@ -81,6 +81,12 @@ def open_adapter(path: str | Path, base: str | None = None, dtype: torch.dtype |
     return Opened(loaded, folder, about["task"], about["labels"], config)
 
 
+def about_adapter(folder: Path) -> dict[str, Any]:
+    """{'model', 'task', 'labels'} of an adapter, as its files or its run say; None where they do not."""
+    run = run_of(folder)
+    return _about(folder, config_of(run) if run else None)
+
+
 def _about(folder: Path, config: Config | None) -> dict[str, Any]:
     """Base, task and classes: from training.json beside the adapter, else from the run, else from PEFT's own file."""
     about: dict[str, Any] = {"model": None, "task": "text", "labels": None}
@@ -101,13 +107,19 @@ def evaluate(opened: Opened, data: str | None = None, general: str | None = None
     """
     import rankwise as rw
     from rankwise.training.prepare import prepare
-    from rankwise.training.run import scorer
+    from rankwise.training.run import scorers
 
     config = _evaluation_config(opened, data, general)
-    prepared = prepare(config, opened.loaded.tokenizer, opened.labels)
-    if not prepared.scored:
+    found: dict[str, Any] = {}
+    for task, mine in task_configs(config).items():
+        prepared = prepare(mine, opened.loaded.tokenizer, opened.labels)
+        found |= {task or name: score for name, score in scorers(mine, prepared, opened.model).items()}
+    if not found:
         raise ConfigError("the run names no rows to evaluate on; give them with --data")
-    scores = scorer(config, prepared, opened.model)
+
+    def scores() -> dict[str, Any]:
+        return {name: score() for name, score in found.items()}
+
     with rw.disabled(opened.model):
         before = scores()
     return before, scores()
@@ -122,6 +134,10 @@ def _evaluation_config(opened: Opened, data: str | None, general: str | None) ->
         return config
     # the rows given take the place of the run's own; nothing is trained, so they stand for the training rows too
     rows = {"train": data or config.data.train, "eval": data or config.data.eval, "general": general}
+    if config.data.tasks is not None:
+        if data is None:
+            raise ConfigError("--general needs --data where the run trained on several tasks; give the rows to evaluate on")
+        rows |= {"tasks": None}
     return config.model_copy(update={"data": config.data.model_copy(update=rows)})
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise.equation import Factors
 from rankwise.errors import RecipeError
 
-Role = Literal["down", "up", "core", "tail", "gain", "gate", "other"]
+Role = Literal["down", "up", "core", "tail", "gain", "gate", "activation", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,26 @@ class Update(Part, ABC):
     def begin(self, down: Tensor | None, up: Tensor | None, moves: bool, generator: torch.Generator) -> None:
         """Takes the starting pair (rank, in), (out, rank); with `moves`, the product of the factors must equal up @ down."""
 
+    def extend(self, down: Tensor | None, up: Tensor | None, generator: torch.Generator) -> None:
+        """Takes the starting pair of one expert more: `resizing.grow` has just added its slots, which hold zeros."""
+        raise RecipeError(f"update={self.choice.name!r} holds a fixed number of experts")
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The weight of each expert for each token, (..., experts) from x (..., in); only of updates that have experts.
+
+        Raises:
+            RecipeError: it has none.
+        """
+        raise RecipeError(f"update={self.choice.name!r} has no gates")
+
+    def stand_in(self, gates: Tensor) -> Factors:
+        """Constant factors that do for every token what these gates (experts,) would.
+
+        Raises:
+            RecipeError: the update has no gates.
+        """
+        raise RecipeError(f"update={self.choice.name!r} has no gates that could be held constant")
+
     #: (x, h) -> core . h for cores that depend on the token; None where the core is constant
     token_core: Any = None
 
@@ -135,8 +155,10 @@ class UpdateChoice(ABC):
     rank_bounded: ClassVar[bool] = True
     #: whether sites of one group share `down` (and so `down @ x`)
     shares_down: ClassVar[bool] = False
-    #: pairs that stand stacked at each site
+    #: pairs that stand stacked at each site; the number to begin with where it grows
     experts: int = 1
+    #: whether a site may gain experts while it trains; `slots` of a site with more experts then are those of fewer, and further ones
+    grows: ClassVar[bool] = False
     #: whether the core is the same for all tokens
     constant_core: ClassVar[bool] = True
 
@@ -150,9 +172,31 @@ class UpdateChoice(ABC):
         """Spectral norm of an own start that is not zero and is not subtracted; 0 where the start is the base exactly."""
         return 0.0
 
+    @property
+    def reads_context(self) -> bool:
+        """Whether it reads facts of the batch (`rankwise.routing.context`) or attaches losses to the graph."""
+        return False
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether what it does to a token depends on those behind it, so that no model that generates can have it."""
+        return False
+
+    def missing_fact(self) -> str:
+        """Why training must know the type of every sample; empty where it need not."""
+        return ""
+
+    def check_types(self, types: Sequence[int]) -> None:
+        """Raises RecipeError where the types of the training rows do not fit."""
+        return
+
     @abstractmethod
     def slots(self, site: Site) -> dict[str, Slot]:
         """The tensors that one site owns."""
+
+    def first(self, site: Site, values: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+        """Slot name -> tensor of the first experts of a site, from those of all; for an update that grows."""
+        return {name: values[name] for name in self.slots(replace(site, experts=experts))}
 
     def peft_reason(self, sites: Sequence[Site]) -> str:
         """Why a file of `peft_type` cannot hold these sites; empty where it can."""
