@@ -200,8 +200,25 @@ def verify(
 
 
 @_command
-def doctor() -> None:
-    """Versions, devices, what each dtype really does here, what is missing and how to get it."""
+def doctor(
+    adapter: Annotated[Path | None, typer.Argument(metavar="[ADAPTER]", help="diagnose this adapter instead of the machine")] = None,
+    model: Base = None,
+    repair: Annotated[Path | None, typer.Option(metavar="OUTPUT", help="write it again, with what can be repaired repaired")] = None,
+) -> None:
+    """What this machine can do, or what is wrong with an adapter (exits with 1 then)."""
+    if adapter is not None:
+        from rankwise.training.checkup import check
+        from rankwise.training.checkup import repair as mend
+        from rankwise.training.quiet import quiet
+
+        quiet()
+        found = check(adapter, model)
+        print(found.text())
+        if repair is not None:
+            print(mend(found, model, repair))
+        elif found.broken:
+            raise typer.Exit(1)
+        return
     from rankwise.doctor import report
 
     if not report(_console()):

@@ -23,7 +23,7 @@ from rankwise.errors import CheckpointError
 
 
 @dataclass(eq=False)
-class _Add:
+class Added:
     """A forward hook that adds a branch."""
 
     down: Tensor  # (r, in)
@@ -58,7 +58,7 @@ def as_served(base: nn.Module, folder: Path) -> Iterator[nn.Module]:
                 raise CheckpointError(f"{folder / WEIGHTS}: {name} does not hold a pair of rank {config['r']}")
             device = next(base.parameters()).device
             down, up = (pair[side].to(device).float() for side in "AB")
-            handles.append(modules[name].register_forward_hook(_Add(down, up, config["lora_alpha"] / config["r"])))
+            handles.append(modules[name].register_forward_hook(Added(down, up, config["lora_alpha"] / config["r"])))
         yield base
     finally:
         for handle in handles:

@@ -77,7 +77,8 @@ def export(
         source: folder of an adapter or of a run; or an adapted model, of which a copy is made.
         output: the new folder.
         format: 'lora', 'peft', 'merged' or 'gguf-lora'.
-        base: the base: its folder or name where the training did not note it, or the model itself, which is given back as it was.
+        base: the base: its folder or name where the training did not note it, or the model itself, of which a
+            copy is made.
         rank, energy: for 'lora' and 'gguf-lora': cut each site to a rank, or to as many as keep this part of its squared norm. Needed where
             the change is not of low rank; on request elsewhere.
         dtype: 'fp32', 'bf16' or 'fp16' of the weights written; None takes the base's own (fp32 for 'peft').
@@ -99,8 +100,7 @@ def export(
             raise ConfigError("format='merged' is written from an adapter's folder and a base's folder; save the adapter first")
         done = merge(source, output, base, dtype)
         return Exported(output, format, done["dtype"], done["proof"])
-    with _opened(source, base, tokenizer) as work:
-        return _written(work, output, format, rank, energy, dtype, static)
+    return _written(_opened(source, base, tokenizer), output, format, rank, energy, dtype, static)
 
 
 def _checked(output: str | Path, format: str, rank: int | None, energy: float | None, dtype: str | None) -> Path:
@@ -134,19 +134,9 @@ class _Work:
     task: str = "text"
     labels: list[str] | None = None
     run: RunFolder | None = None
-    leave: bool = False  # take them off: the base belongs to the caller
-
-    def __enter__(self) -> "_Work":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.leave and hasattr(self.model, "rankwise"):
-            import rankwise as rw
-
-            rw.unadapt(self.model)
 
 
-def _opened(source: str | Path | nn.Module, base: str | nn.Module | None, tokenizer: Any) -> Any:
+def _opened(source: str | Path | nn.Module, base: str | nn.Module | None, tokenizer: Any) -> _Work:
     import rankwise as rw
 
     if isinstance(source, nn.Module):
@@ -156,8 +146,9 @@ def _opened(source: str | Path | nn.Module, base: str | nn.Module | None, tokeni
         return _Work(copy.deepcopy(source), _prompts(source, tokenizer))
     if isinstance(base, nn.Module):
         folder = adapter_folder(source)
-        rw.load(base, folder)
-        return _Work(base, _prompts(base, tokenizer), adapter=folder, run=run_of(folder), leave=True)
+        # a start that is folded into the base comes out of it again only to rounding: not on the caller's model
+        own = rw.load(copy.deepcopy(base), folder)
+        return _Work(own, _prompts(base, tokenizer), adapter=folder, run=run_of(folder))
     opened = open_adapter(source, base)
     run = run_of(opened.adapter)
     return _Work(opened.model, proof_batches(opened), opened.loaded, opened.adapter, opened.task, opened.labels, run)
@@ -210,7 +201,7 @@ def _written(
         base_logits = logits_on(bare, work.batches)
         fingerprint = record.fingerprint
         if pairs is not None:
-            fingerprint = _fingerprint(bare, pairs)
+            fingerprint = _fingerprint(work, bare, pairs, record)
             sidecar = {
                 "format": format,
                 "base": about_base(bare) | {"fingerprint": fingerprint},
@@ -269,9 +260,15 @@ def _bare(work: _Work) -> Any:
     return work.model
 
 
-def _fingerprint(bare: Any, pairs: Pairs) -> str:
+def _fingerprint(work: _Work, bare: Any, pairs: Pairs, record: Any) -> str:
+    """Of the base as its folder holds it, over the sites that were written; never of a 4-bit form of it, where that can be helped."""
     from rankwise.checkpoint.fingerprint import base_fingerprint
+    from rankwise.checkpoint.weights import Weights
 
+    if set(pairs.sites) == {site.name for site in record.plan.sites}:
+        return record.fingerprint
+    if work.loaded is not None:
+        return Weights(work.loaded.folder).fingerprint(bare, list(pairs.sites.values()))
     return base_fingerprint(dict(bare.named_modules()), list(pairs.sites.values()))
 
 

@@ -2,9 +2,9 @@
 
     up @ down  ~  W_tuned - W_base        for each linear layer, cut to a rank or to a part of its squared norm
 
-So results of full fine-tuning and of GaLore can be served side by side on one base. Tensors are read one by one. What is no linear layer and
-changed all the same (norms, embeddings, the output head) has no place in the adapter: it is named, and its loss is in the difference that is
-measured.
+So results of full fine-tuning and of GaLore can be served side by side on one base. Tensors are read one by one. What is no linear layer
+and changed all the same (norms, embeddings, the output head) has no place in the adapter: it is named, and its loss is in the difference
+that is measured.
 """
 
 from dataclasses import dataclass, field
