@@ -158,6 +158,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "am-lora": ("llama", _named("am-lora"), "RANKWISE"),
     "loramoe": ("llama", lambda: rw.recipes.loramoe(rank=2, experts=3), "RANKWISE"),
     "milora-mixture": ("llama", lambda: rw.recipes.milora_mixture(rank=4, theta_mode="joint"), "RANKWISE"),
+    "galore": ("llama", lambda: rw.recipes.galore(rank=4, update_interval=3), "RANKWISE"),
     # starts that move the base
     "pissa fold": ("llama", lambda: rw.recipes.pissa(rank=4, base="fold"), "LORA"),
     "milora-svd fold": ("llama", lambda: rw.recipes.milora_svd(rank=4, base="fold"), "LORA"),

@@ -71,7 +71,7 @@ def test_ratio_1_is_plain_adamw_bit_for_bit() -> None:
 def test_every_trained_tensor_is_in_exactly_one_group(name: str, foreign: bool) -> None:
     fields = {} if name == "propulsion" else {"rank": 4}
     recipe = RECIPES[name](**fields, modules_to_save=["classifier"])
-    if name not in ("propulsion", "lora-plus", "lora-fa", "lora-ga", "rosa"):
+    if name not in ("propulsion", "lora-plus", "lora-fa", "lora-ga", "galore", "rosa"):
         recipe = recipe.replace(gradient="lora-plus")
     recipe = recipe.replace(targets="all-linear", routing="none")  # this toy has no transformer blocks
     if recipe.init.calibration is not None:  # this toy has no loss to calibrate on

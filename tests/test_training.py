@@ -178,7 +178,8 @@ def test_the_head_of_a_classifier_starts_from_the_seed(world: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_resumes_bit_for_bit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    dropout = 0.1 if RECIPES[name]().base == "keep" else 0.0  # a folded start allows none
+    recipe = RECIPES[name]()  # neither a folded start nor a schedule that writes into the base allows dropout
+    dropout = 0.1 if recipe.base == "keep" and not recipe.schedule.rewrites_base else 0.0
     changes = {"method": name, "dropout": dropout, "targets": ["q_proj", "v_proj", "down_proj"]}
     whole = run(plain_config(world, CAUSAL, tmp_path / "whole", **changes))
     config = plain_config(world, CAUSAL, tmp_path / "cut", **changes)

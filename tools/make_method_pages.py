@@ -30,7 +30,8 @@ def made_part(name: str) -> str:
     if recipe.frozen:
         lines.append(f"| frozen roles | {', '.join(f'`{role}`' for role in sorted(recipe.frozen))} |")
     alpha = recipe.alpha_of(recipe.rank)
-    lines += ["", f"Rank {recipe.rank}, alpha {alpha:g}, dropout {recipe.dropout:g}, learning rate {recipe.lr:g} (worth searching: "]
+    scaled = f", alpha {alpha:g}" if recipe.update.scaled else ""
+    lines += ["", f"Rank {recipe.rank}{scaled}, dropout {recipe.dropout:g}, learning rate {recipe.lr:g} (worth searching: "]
     lines[-1] += f"{recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}) unless the configuration says otherwise."
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     if own:

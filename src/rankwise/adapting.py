@@ -161,11 +161,12 @@ def build(
         _replace(model, site.name, adapter)
     for name, _ in made.trained_modules:
         base = modules[name]
-        trained = copy.deepcopy(base)
-        trained.requires_grad_(True)
-        for parameter in trained.parameters():
+        dropped = recipe.schedule.rewrites_base and recipe.schedule.original == "drop"
+        module = TrainedModule(base, base if dropped else copy.deepcopy(base), name)
+        module.trained.requires_grad_(True)
+        for parameter in module.trained.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        _replace(model, name, TrainedModule(base, trained, name))
+        _replace(model, name, module)
     for block in made.blocks:
         _gate(model, block, recipe, None if gates is None else gates[block.name])
     if recipe.reads_context:
@@ -347,6 +348,11 @@ def original_weights(model: nn.Module) -> Iterator[None]:
             module.aside = None
 
 
+def has_base(model: nn.Module) -> bool:
+    """Whether `disabled` can give the base back: not once a schedule has written into weights whose originals were dropped."""
+    return all(module.original is not None for module in adapted_sites(model).values() if module.written)
+
+
 def _needs_original(module: AdaptedLinear) -> None:
     if module.original is None:
         raise TargetError(
@@ -438,8 +444,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
         for name, held in [(name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear)]:
             _replace(model, name, held.storage.replaced(held, held.dense_weight()))  # layers without an adapter: one dtype throughout
         for name, trained in trained_modules(model).items():
-            dtype = next(trained.base_layer.parameters()).dtype
-            _replace(model, name, trained.trained.to(dtype))
+            _replace(model, name, trained.trained.to(trained.dtype))
         _thaw(model, record)
     return model
 
@@ -539,7 +544,7 @@ def unadapt(model: nn.Module) -> nn.Module:
             base = _unfolded(module, moved(base, module.offset, module.site.scaling, 1.0))
         _replace(model, name, base)
     for name, trained in trained_modules(model).items():
-        _replace(model, name, trained.base_layer)
+        _replace(model, name, trained.base_layer.to(trained.dtype))
     uninstall(model)
     _thaw(model, record)
     return model

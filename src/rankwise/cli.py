@@ -106,7 +106,9 @@ def evaluate(
     from rankwise.training.use import open_adapter
 
     quiet()
-    _console().print(scores_table(*scores(open_adapter(adapter, model), data, general), headings=("base", "adapter")))
+    base, trained = scores(open_adapter(adapter, model), data, general)
+    # a model that was pretrained from scratch has no base to compare with
+    _console().print(scores_table(base, trained, headings=("base", "adapter")) if base else scores_table(trained, headings=("trained", "")))
 
 
 @_command

@@ -119,6 +119,12 @@ ABOUT: dict[str, About] = {
         "Take it when a large instruction set should not overwrite what the base knows, and each row is known to ask for knowledge or not.",
         "That of LoRA at rank experts * rank, and a router a site; it cannot be merged, only held still as a plain LoRA that is near.",
     ),
+    "galore": About(
+        "All of each weight trains, by steps taken in a subspace of its gradient: the state is small and the result is not of low rank.",
+        "Take it for pretraining, or when full fine-tuning is wanted and its optimizer state does not fit.",
+        "Keeps one frame and two moments of rank * side numbers a site, forms one full gradient at a time and only when a frame is "
+        "renewed; the file holds the weights.",
+    ),
     "rosa": About(
         "A random slice of each weight's own decomposition trains; every round folds it back into the weight and draws another.",
         "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
@@ -173,10 +179,9 @@ def describe(name: str) -> str:
     own = [item for key, item in inspect.signature(RECIPES[name]).parameters.items() if key != "fields"]
     lines += [f"  {item.name} = {item.default!r}   ({_type(item.annotation)})" for item in own] or ["  none of its own"]
     alpha = recipe.alpha_of(recipe.rank)
-    lines.append(
-        f"  and of every recipe: rank = {recipe.rank}, alpha = {alpha:g}, scaling = {recipe.scaling!r}, dropout = {recipe.dropout:g},"
-    )
-    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, frozen, base, and each axis by its name")
+    scaled = f"alpha = {alpha:g}, scaling = {recipe.scaling!r}, " if recipe.update.scaled else ""
+    lines.append(f"  and of every recipe: rank = {recipe.rank}, {scaled}dropout = {recipe.dropout:g},")
+    lines.append("  targets = 'all-linear', rank_pattern, alpha_pattern, modules_to_save, states, frozen, base, and each axis by its name")
     lines += ["", f"Learning rate {recipe.lr:g}; worth searching from {recipe.lr_bracket[0]:g} to {recipe.lr_bracket[1]:g}"]
     lines.append(f"Paper: {paper(name)}")
     return "\n".join(lines)

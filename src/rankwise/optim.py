@@ -45,7 +45,7 @@ def optimizer(
     model: nn.Module,
     lr: float | None = None,
     weight_decay: float = 0.0,
-    kind: Callable[..., Optimizer] = torch.optim.AdamW,
+    kind: Callable[..., Optimizer] | None = None,
     total_steps: int | None = None,
     validation: Any = None,
     **options: Any,
@@ -56,8 +56,9 @@ def optimizer(
         model: an adapted model.
         lr: learning rate; None takes the recipe's own.
         weight_decay: decoupled decay of every role, before the gradient rule scales it.
-        kind: any optimizer class that takes parameter groups, lr and weight_decay. Roles whose gradients the recipe's rule makes into steps
-            (LoRA-Pro in weight space) move by them; `kind` then serves the others.
+        kind: any optimizer class that takes parameter groups, lr and weight_decay; None is AdamW, its moments held as the recipe's
+            `states` say. Roles whose gradients the recipe's rule makes into steps (LoRA-Pro in weight space) move by them; `kind` then
+            serves the others.
         total_steps: optimizer steps that the run will take; schedules with phases (AdaLoRA) must know it.
         validation: batches of rows that are not trained on, for routings that learn from them too; anything that can be read again and
             again in the same order, such as a list.
@@ -65,6 +66,12 @@ def optimizer(
     """
     recipe = adapted(model).recipe
     lr = recipe.lr if lr is None else lr
+    if kind is None and recipe.states == "8bit":
+        from rankwise.galore import GaLore  # whose groups without a rank are plain AdamW
+
+        kind = GaLore
+        options.setdefault("states", "8bit")
+    kind = torch.optim.AdamW if kind is None else kind
     if kind is torch.optim.AdamW:
         options.setdefault("fused", True)
     groups = groups_of(model, lr, weight_decay)
@@ -111,6 +118,8 @@ def _regroup(optimizer: Optimizer, roles: dict[int, str]) -> None:
 
 # Handles of the gradient transforms of each model, outside of it: copies and pickles of a model carry no hooks.
 _TRANSFORMS: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+# What runs over each model: one session at a time, so that nothing is tapped or transformed twice.
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, list[Running]] = weakref.WeakKeyDictionary()
 
 
 class Session:
@@ -122,9 +131,12 @@ class Session:
         self.rule: GradientRule = record.recipe.gradient
         self.schedule: Schedule = record.recipe.schedule
         self.steps = 0
+        for earlier in _RUNNING.pop(model, []):
+            earlier.close()
         begun = {"gradient": self.rule.begin(model), "schedule": record.recipe.schedule.begin(model)}
         begun["routing"] = record.recipe.routing.begin(model, validation)
         self.running: dict[str, Running] = {name: running for name, running in begun.items() if running is not None}
+        _RUNNING[model] = list(self.running.values())
         for running in self.running.values():
             running.expect(total_steps)
         self.waiting = {name: module for name, module in adapted_sites(model).items() if _trains(module)}
@@ -153,6 +165,8 @@ class Session:
         """Takes the hooks off."""
         for handle in self.handles:
             handle.remove()
+        for running in self.running.values():
+            running.close()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the hooks to go on where they were: finished steps, sites still without a gradient, and the

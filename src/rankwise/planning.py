@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from rankwise.calibration import note as calibration_note
+from rankwise.eightbit import bytes_of
 from rankwise.errors import RecipeError, TargetError
 from rankwise.preparing import dense_bytes, layers_to_hold
 from rankwise.recipe import Recipe
@@ -98,12 +99,14 @@ class Plan:
             count += sum(slot.numel for slot in slots if not slot.trains(self.recipe.frozen_roles))
         return count
 
-    @property
-    def _direct_numbers(self) -> int:
-        """Trained numbers whose gradients are steps already, so that the optimizer keeps no moments of them."""
+    def _moment_bytes(self, master: int) -> int:
+        """One moment of everything that the optimizer keeps moments of: not of roles whose gradients are steps already. In 8 bits each
+        module that trains in full counts as one tensor."""
         frozen, direct = self.recipe.frozen_roles, self.recipe.gradient.direct
-        slots = [slot for site in self.sites for slot in self.recipe.update.slots(site).values()]
-        return sum(slot.numel for slot in slots if slot.role in direct and slot.trains(frozen))
+        slots = [slot for site in self.sites for slot in (self.recipe.update.slots(site) | self.recipe.gain.slots(site)).values()]
+        tensors = [slot.numel for slot in slots if slot.trains(frozen) and slot.role not in direct]
+        tensors += [count for _, count in self.trained_modules]
+        return sum(bytes_of(numel, master) if self.recipe.states == "8bit" else master * numel for numel in tensors)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -114,15 +117,17 @@ class Plan:
         state = sum(axis.state_bytes(self.recipe, self.sites) for axis in (self.recipe.gradient, self.recipe.schedule))
         schedule = self.recipe.schedule
         kept = schedule.rewrites_base and schedule.original == "keep"
+        # a module that trains in full is the base's own where originals are dropped: only what its numbers grow by is new
+        held = element * (trained - self.adapter_parameters) if schedule.rewrites_base and not kept else 0
         original = sum(site.in_features * site.out_features * site.element for site in self.sites) if kept else 0
         return {
             "base weights": self.base_bytes,
             **({"dequantized weight": self.workspace} if self.workspace else {}),
             **({"original weights (on the CPU)": original} if original else {}),
             **schedule.held(self.sites),
-            "adapters": master * (trained + self._frozen_own_numbers) + element * self.recipe.update.shared_numbers(self.sites),
+            "adapters": master * (trained + self._frozen_own_numbers) - held + element * self.recipe.update.shared_numbers(self.sites),
             "gradients": master * trained,
-            "AdamW moments": 2 * master * (trained - self._direct_numbers),
+            "AdamW moments": 2 * self._moment_bytes(master),
             **({"state of the method": state} if state else {}),
         }
 
@@ -132,11 +137,11 @@ class Plan:
         Args:
             element: bytes of one activation (2 for bf16, 4 for fp32).
         """
-        trained = self.recipe.update.roles - self.recipe.frozen_roles
         inputs: set[str] = set()
         shared: set[str] = set()
         total = ids = 0
         for site in self.sites:
+            trained = trained_roles(self.recipe, site)
             key = site.group or site.name
             if "down" in trained and key not in inputs:
                 inputs.add(key)
@@ -156,11 +161,11 @@ class Plan:
         """Floating-point operations per token and training step, of the adapted layers: the frozen base (forward and input gradient), the
         branch. Products over the tokens only; work on the factors alone does not grow with them."""
         base = sum(4 * site.in_features * site.out_features for site in self.sites if site.kind != "embedding")
-        trained = self.recipe.update.roles - self.recipe.frozen_roles
         start = 4 if self.recipe.moves_base and self.recipe.base == "keep" else 0
         projected: set[str] = set()
         branch = 0
         for site in self.sites:
+            trained = trained_roles(self.recipe, site)
             inner = 4 + start + (2 if "down" in trained else 0)  # products with `down`: forward, gradients of x and of `down`
             outer = 4 + start + (2 if trained - {"down"} else 0)  # products with `up`: forward, gradients of h and of what is behind h
             if site.kind == "embedding" or (self.recipe.update.shares_down and site.group in projected):
@@ -197,8 +202,8 @@ class Plan:
         for name, owner in owners.items():
             _check_owner(there, name, owner, owners)
         sites = [replace(site, owner=owners.get(name, "")) for name, site in there.items()]
-        forecast = self.recipe.schedule.note(self.sites)
-        notes = [note for note in self.notes if note != forecast]
+        forecast = self.recipe.schedule.notes(self.sites)
+        notes = [note for note in self.notes if note not in forecast]
         if importance is not None:
             shared = len(set(owners.values()))
             left = f", {len(removed)} have none" if removed else ""
@@ -223,6 +228,12 @@ def _check_owner(sites: Mapping[str, Site], name: str, owner: str, owners: Mappi
         mine, its = getattr(sites[name], label), getattr(sites[owner], label)
         if mine != its:
             raise RecipeError(f"{name} cannot use the update of {owner}: {label} is {mine} here and {its} there")
+
+
+def trained_roles(recipe: Recipe, site: Site) -> frozenset[str]:
+    """The roles of the update that train at a site: those of the recipe, less what is frozen at this site alone."""
+    here = {slot.role for slot in recipe.update.slots(site).values() if slot.frozen}
+    return recipe.update.roles - recipe.frozen_roles - here
 
 
 def site_parameters(recipe: Recipe, site: Site) -> int:
@@ -257,6 +268,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     groups = Counter(group_of(name) for name in found)
     notes: list[str] = []
     sites = []
+    lowered: dict[int, list[str]] = {}
     for name, (module, pattern) in found.items():
         kind = kind_of(module)
         assert kind is not None
@@ -265,6 +277,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             raise TargetError(f"{name} is one module under several paths ({paths}); an adapter would act at all of them; exclude it")
         width_in, width_out = widths_of(module)
         rank = int(_last_match(recipe.rank_pattern, name, recipe.rank)) if recipe.update.name != "none" else 0
+        asked, rank = rank, recipe.update.rank_at(rank, width_out, width_in) if rank else rank
+        if rank < asked:
+            lowered.setdefault(asked, []).append(f"{name} ({rank})")
         alpha = _last_match(recipe.alpha_pattern, name, recipe.alpha_of(rank))
         asked, rank = rank, recipe.schedule.bound(rank, min(width_in, width_out))
         if rank < asked:
@@ -302,8 +317,12 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             f"update={recipe.update.name!r} with these options reads a whole row before it acts on its first token, and this model writes "
             "token after token: earlier ones would see later ones in training, and could not when it generates; use granularity='token'"
         )
-    if forecast := recipe.schedule.note(sites):
-        notes.append(forecast)
+    notes += [
+        f"rank {asked} is above the smaller side of {len(names)} sites, which take that side: {names[0]}"
+        + (f" to {names[-1]}" if len(names) > 1 else "")
+        for asked, names in lowered.items()
+    ]
+    notes += recipe.schedule.notes(sites)
     blocks = _blocks(model, recipe, sites)
     recipe.routing.check(blocks)
     if recipe.schedule.rewrites_base:
@@ -455,7 +474,7 @@ def _rows(counted: list[tuple[Site, int]], total: int) -> tuple[Coverage, ...]:
 
 def _linear_count(model: nn.Module) -> int:
     """Linear layers of the base, the same number before and after adapting: neither adapters nor trained copies count."""
-    copies = {id(part) for module in trained_modules(model).values() for part in module.trained.modules()}
+    copies = {id(part) for m in trained_modules(model).values() if m.trained is not m.base_layer for part in m.trained.modules()}
     return sum(
         1
         for module in model.modules()
@@ -513,4 +532,20 @@ def _check_held(recipe: Recipe, name: str, module: nn.Module) -> None:
         )
 
 
-__all__ = ["Coverage", "Plan", "plan", "summary", "trained_modules"]
+def rest_of(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the modules that own parameters and are no sites of a recipe: what must train in full where everything is to train.
+
+    A module that owns nothing but weights of an earlier one (a tied head) is left out: it trains with that one.
+    """
+    sites = {site.name for site in plan(model, recipe).sites}
+    found: list[str] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if own - seen and name and name not in sites:
+            found.append(name)
+        seen |= own
+    return found
+
+
+__all__ = ["Coverage", "Plan", "plan", "rest_of", "summary", "trained_modules"]

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from rankwise.errors import RecipeError, nearest
@@ -65,6 +66,7 @@ class Recipe:
         residual into the base.
     frozen: roles that do not train, on top of those that the update itself never trains.
     rank_pattern, alpha_pattern: target pattern -> value for the sites it matches; the last match wins.
+    states: how AdamW's moments are held: 'fp32' (as the adapters are), or '8bit', blockwise codes, for tensors of 4096 elements and more.
     modules_to_save: names of modules that train in full beside the adapters, such as a classification head.
     lr, lr_bracket: the recipe's own learning rate for AdamW and the range worth searching.
     """
@@ -87,6 +89,7 @@ class Recipe:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    states: Literal["fp32", "8bit"] = "fp32"
     seed: int = 0
     lr: float = 2e-4
     lr_bracket: tuple[float, float] = (5e-5, 2e-3)
@@ -209,6 +212,14 @@ def choice(axis: str, value: Any) -> Any:
     return build_choice(known[value], options, f"{axis}={value!r}")
 
 
+@lru_cache(maxsize=128)
+def _validator(kind: type[Any]) -> Any:
+    """What checks the options of a choice; making it takes longer than all checks with it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def build_choice(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
     """A frozen dataclass from options, each checked against its declared type."""
     declared = {item.name: item for item in dataclasses.fields(kind)}
@@ -216,10 +227,10 @@ def build_choice(kind: type[Any], options: Mapping[str, Any], where: str) -> Any
         if key not in declared:
             takes = ", ".join(declared) or "no options"
             raise RecipeError(f"{where} has no option {key!r}{nearest(key, declared)} (it takes {takes})")
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return _validator(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(map(str, first["loc"])) or "an option"
@@ -263,6 +274,10 @@ def _gated(recipe: Recipe) -> bool:
     return recipe.routing.module is not None
 
 
+def _rewrites(recipe: Recipe) -> bool:
+    return recipe.schedule.rewrites_base
+
+
 def _frozen(*roles: str) -> Callable[[Recipe], bool]:
     return lambda recipe: set(roles) <= recipe.frozen_roles
 
@@ -272,11 +287,11 @@ LEGALITY: tuple[Forbidden, ...] = (
         "update=none", "gain=none", "nothing would train; choose an update or a gain", _both(_is("update", "none"), _is("gain", "none"))
     ),
     Forbidden(
-        "an update with a start of its own (vera, adalora, deep-lora, none)",
+        "an update with a start of its own (vera, adalora, deep-lora, galore, none)",
         "an init that it cannot take",
         "VeRA's vectors have a fixed start and its pair is the shared pool, AdaLoRA's triplets start at singular values of zero or with "
         "an init that moves the base, Deep LoRA's bias to low rank comes from factors that start small, balanced and orthogonal "
-        "(init='own' or 'deep-lora'), and a gain alone has nothing to start; use init='own'",
+        "(init='own' or 'deep-lora'), GaLore's factor starts at zero, and a gain alone has nothing to start; use init='own'",
         lambda recipe: (
             recipe.update.own_start
             and not recipe.init.own
@@ -500,6 +515,36 @@ LEGALITY: tuple[Forbidden, ...] = (
         "what is written acts on every token, whatever the gates say; use routing='none'",
         _both(_gated, lambda recipe: recipe.schedule.rewrites_base),
     ),
+    Forbidden(
+        "a schedule that rewrites the base",
+        "dropout",
+        "what is folded is the whole update, and not what was trained; use dropout=0",
+        _both(_rewrites, lambda recipe: recipe.dropout > 0),
+    ),
+    Forbidden(
+        "schedule=galore",
+        "update other than galore",
+        "steps are folded out of the frame that this update holds; use update='galore' with init='own'",
+        _both(_is("schedule", "galore"), lambda recipe: recipe.update.name != "galore"),
+    ),
+    Forbidden(
+        "update=galore",
+        "schedule other than galore",
+        "the frame comes from the gradients that this schedule taps; use schedule='galore'",
+        _both(_is("update", "galore"), lambda recipe: recipe.schedule.name != "galore"),
+    ),
+    Forbidden(
+        "update=galore",
+        "frozen roles",
+        "which factor is the frozen frame follows from the shape of each site; leave frozen out",
+        _both(_is("update", "galore"), lambda recipe: bool(recipe.frozen)),
+    ),
+    Forbidden(
+        "update=galore",
+        "gradient other than plain",
+        "which side trains follows from the shape of each site, so rules for one role would treat layers differently; use gradient='plain'",
+        _both(_is("update", "galore"), lambda recipe: recipe.gradient.name != "plain"),
+    ),
 )
 
 
@@ -520,6 +565,8 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"dropout={recipe.dropout!r} must be at least 0 and below 1")
     if recipe.scaling not in ("lora", "rslora"):
         raise RecipeError(f"scaling={recipe.scaling!r} is unknown; use 'lora' (alpha / rank) or 'rslora' (alpha / sqrt(rank))")
+    if recipe.states not in ("fp32", "8bit"):
+        raise RecipeError(f"states={recipe.states!r} is unknown; use 'fp32' or '8bit'")
     if recipe.base not in ("keep", "fold"):
         raise RecipeError(f"base={recipe.base!r} is unknown; use 'keep' or 'fold'")
     if unknown := recipe.frozen - ROLES:

@@ -14,9 +14,9 @@ from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
 from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
 from rankwise.recipe import Recipe, _coerce
 from rankwise.routing import PromptRouting
-from rankwise.schedules import AdaLoraBudget, LoraDrop, Rounds, TaskGrowth
+from rankwise.schedules import AdaLoraBudget, GaloreFolding, LoraDrop, Rounds, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import AttentionMixture, Deep, Experts, Mixer, NoUpdate, Svd, Vera
+from rankwise.updates import AttentionMixture, Deep, Experts, Mixer, NoUpdate, Projected, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -293,6 +293,35 @@ def propulsion(degree: int = 15, **fields: Any) -> Recipe:
     return _recipe(fields, name="propulsion", update=NoUpdate(), gain=Propulsion(degree), init=Own(), lr=1e-3, lr_bracket=(1e-4, 1e-2))
 
 
+def galore(
+    update_interval: int = 200,
+    scale: float | None = None,
+    projection: Literal["std", "reverse_std", "left", "right"] = "std",
+    method: Literal["randomized", "svd", "random"] = "randomized",
+    stagger: bool = True,
+    rotate: bool = False,
+    align: bool = True,
+    refresh_on: Literal["first-batch", "step"] = "first-batch",
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto",
+    original: Literal["keep", "drop"] = "keep",
+    **fields: Any,
+) -> Recipe:
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507): the weights themselves train, by steps of low rank that are folded in one by one.
+
+    `alpha` is the paper's: what every step is multiplied by, here also called `scale`, 0.25 unless given. Pretraining wants lr 1e-2; the
+    rate here is for fine-tuning. The official code is method='svd', stagger=False, align=False, refresh_on='step'.
+    """
+    alpha = fields.pop("alpha", None)
+    if scale is not None and alpha is not None and scale != alpha:
+        raise RecipeError(f"scale={scale} and alpha={alpha} say the same thing twice; remove one")
+    if fields.get("alpha_pattern"):
+        raise RecipeError("alpha_pattern: GaLore has one scale for all sites; remove it")
+    folded = scale if scale is not None else 0.25 if alpha is None else float(alpha)
+    fields.setdefault("rank", 128)
+    schedule = GaloreFolding(update_interval, folded, method, stagger, rotate, align, refresh_on, rounding, original)
+    return _recipe(fields, name="galore", update=Projected(projection), init=Own(), schedule=schedule, lr=5e-4, lr_bracket=(5e-5, 1e-2))
+
+
 def rosa(
     mode: Literal["subset", "block", "top", "bottom", "proj_left", "proj_right"] = "subset",
     factorization: Literal["auto", "svd", "gram"] = "auto",
@@ -384,6 +413,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "am-lora": am_lora,
     "loramoe": loramoe,
     "milora-mixture": milora_mixture,
+    "galore": galore,
 }
 
 # What people look for here and do not find: no low-rank update of a weight, so outside of the one equation.

@@ -106,8 +106,10 @@ def plan_text(plan: "Plan", width: int = 110) -> str:
     elif recipe.update.roles:
         console.print(f"rank {recipe.rank}, dropout {recipe.dropout:g}")
     console.print(coverage_table(plan.coverage))
-    for name, count in plan.trained_modules:
+    for name, count in plan.trained_modules[:4]:
         console.print(f"trained in full: {name}, {count:,} parameters")
+    if more := plan.trained_modules[4:]:
+        console.print(f"trained in full: {len(more)} modules more, {sum(count for _, count in more):,} parameters")
     share = 100 * plan.trained_parameters / max(1, plan.base_parameters)
     console.print(f"Trained {plan.trained_parameters:,} of {plan.base_parameters:,} base parameters ({share:.3g}%)")
     memory = " · ".join(f"{label} {human_bytes(size)}" for label, size in plan.memory.items())

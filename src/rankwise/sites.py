@@ -218,10 +218,14 @@ class AdaptedLinear(nn.Module):
 
 
 class TrainedModule(nn.Module):
-    """A module that trains in full beside the adapters (a classification head); the original is kept for `disabled` and `unadapt`."""
+    """A module that trains in full beside the adapters (a classification head); the original is kept for `disabled` and `unadapt`.
+
+    Where originals are dropped, `trained` is the original itself: no second copy, and weights that it shares stay shared.
+    """
 
     def __init__(self, base_layer: nn.Module, trained: nn.Module, name: str) -> None:
         super().__init__()
+        self.dtype = _dtype_of(base_layer)  # of the base, also where the original itself becomes an fp32 master
         self.base_layer = base_layer
         self.trained = trained
         self.name = name
@@ -229,9 +233,9 @@ class TrainedModule(nn.Module):
         self.training = base_layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.enabled:
+        if not self.enabled and self.trained is not self.base_layer:
             return self.base_layer(*args, **kwargs)
-        masters, base = _dtype_of(self.trained), _dtype_of(self.base_layer)
+        masters, base = _dtype_of(self.trained), self.dtype
         if masters == base or torch.is_autocast_enabled(next(self.trained.parameters()).device.type):
             return self.trained(*args, **kwargs)
         # fp32 masters beside a 16-bit base: computed in fp32, handed on in the base's dtype

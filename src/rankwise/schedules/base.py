@@ -77,6 +77,10 @@ class Running(ABC):
         """Takes up what `tensors` gave. Called after the model's own state was loaded."""
         assert not tensors, "a running schedule that saves tensors takes them back"
 
+    def close(self) -> None:
+        """Takes off whatever was put on the model; called when the session ends or another one takes its place."""
+        return
+
     def report(self) -> dict[str, float]:
         """Numbers for the metrics of the step that just ended, such as a penalty or a budget."""
         return {}
@@ -135,14 +139,14 @@ class Schedule(ABC):
         """Raises RecipeError where the options do not fit these sites; called by `plan`."""
         return
 
+    def notes(self, sites: "Sequence[Site]") -> list[str]:
+        """What a plan should say of these sites."""
+        return []
+
     @property
     def sample(self) -> Sample | None:
         """The data by which this schedule changes the plan before anything is built (`allocate`); None where it does not."""
         return None
-
-    def note(self, sites: "Sequence[Site]") -> str:
-        """What a plan says of what `allocate` will do; empty where there is nothing to say."""
-        return ""
 
     def allocate(
         self, model: nn.Module, made: "Plan", batches: Sequence[Mapping[str, Any]] | None, begun: "Mapping[str, Beginning] | None"

@@ -59,14 +59,14 @@ class LoraDrop(Schedule):
     def sample(self) -> Sample:
         return Sample(self.share, self.strata)
 
-    def note(self, sites: Sequence[Site]) -> str:
+    def notes(self, sites: Sequence[Site]) -> list[str]:
         then = "share one update" if self.drop == "share" else "have none"
         warm = "; kept sites go on from the probe's values, so training does not begin at the base" if self.warm else ""
-        return (
+        return [
             f"a probe runs before training, on a share of {self.share:g} of the training rows, with all the adapters of this table; then "
             f"those sites of one type and shape that are not needed for {self.threshold:.3g} of the output {then}: the numbers here are "
             f"upper bounds{warm}"
-        )
+        ]
 
     def allocate(
         self, model: nn.Module, made: "Plan", batches: Sequence[Mapping[str, Any]] | None, begun: "Mapping[str, Beginning] | None"

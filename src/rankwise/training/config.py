@@ -1,6 +1,6 @@
 """One YAML file, checked: the keys, dotted overrides, and the recipe that a configuration asks for.
 
-Twenty-five keys and no more. What belongs to a method (its options, the axes, patterns of ranks) stands under `method`, because a
+Twenty-six keys and no more. What belongs to a method (its options, the axes, patterns of ranks) stands under `method`, because a
 recipe's own function already knows and checks it.
 """
 
@@ -62,6 +62,7 @@ class TrainConfig(_Strict):
     checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: before and after only")
     save_every: int = Field(100, ge=1, description="steps between checkpoints; one is written at the end in any case")
+    from_scratch: bool = Field(False, description="pretrain: random weights of the seed; everything trains, so method: galore")
     loss_on: Literal["completion", "assistant", "last", "all"] = Field("completion", description="which tokens have a loss")
 
 
@@ -260,7 +261,21 @@ def resolve(config: Config) -> Any:
             raise ConfigError(f"{key}={value!r} and method.{key}={options[key]!r} say the same thing twice; remove one")
         options[key] = value
     options = _checked(RECIPES[name], name, options)
-    return RECIPES[name](**options, seed=config.seed)
+    recipe = RECIPES[name](**options, seed=config.seed)
+    return _from_scratch(recipe, options) if config.train.from_scratch else recipe
+
+
+def _from_scratch(recipe: Any, options: Mapping[str, Any]) -> Any:
+    """The recipe for random weights: nothing of them is worth keeping."""
+    import dataclasses
+
+    if not recipe.schedule.rewrites_base:
+        raise ConfigError(
+            f"train.from_scratch=True with method {recipe.name!r} would leave random weights frozen; use method: galore, which trains them"
+        )
+    if "original" in options or "schedule" in options:
+        return recipe
+    return recipe.replace(schedule=dataclasses.replace(recipe.schedule, original="drop"))
 
 
 def _checked(function: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:

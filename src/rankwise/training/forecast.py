@@ -18,7 +18,7 @@ def forecast(path: str | Path, overrides: Sequence[str] = ()) -> str:
         ConfigError, DataError, RecipeError, TargetError: whatever would stop the run before its first step.
     """
     import rankwise as rw
-    from rankwise.training.run import total_steps
+    from rankwise.training.run import total_steps, with_full_modules
 
     quiet()
     config = load_config(path, overrides)
@@ -42,7 +42,7 @@ def forecast(path: str | Path, overrides: Sequence[str] = ()) -> str:
     model = load_config_only(folder, config.task, data.labels if data else None)
     recipe = resolve(config)
     heads = head_names(model) if config.task == "classification" else []
-    recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *heads])))
+    recipe = with_full_modules(config, recipe, model, heads)
     lines.append(str(rw.plan(model, recipe)))
     train = config.train
     if data and (rows := len(calibration_rows(config, data, recipe))):

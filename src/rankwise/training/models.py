@@ -169,7 +169,12 @@ def _model_config(folder: Path, labels: Sequence[str] | None) -> Any:
 
 
 def load_model(
-    name: str, task: str, labels: Sequence[str] | None = None, dtype: torch.dtype | str = torch.float32, seed: int = 0
+    name: str,
+    task: str,
+    labels: Sequence[str] | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 0,
+    from_scratch: bool = False,
 ) -> Loaded:
     """A model folder's model and tokenizer, on the device picked by `pick_device`, in evaluation mode.
 
@@ -179,15 +184,19 @@ def load_model(
         labels: the classes, for a new head.
         dtype: of the weights in memory; 'auto' keeps the folder's own.
         seed: of the start of a new head; the random state of the caller stays as it was.
+        from_scratch: take random weights of that seed instead of the folder's, of which only config.json and the tokenizer are read.
 
     Raises:
         ConfigError: as `model_folder`, `check_weights`, `load_tokenizer`; or weights that do not fit the architecture.
     """
     folder = model_folder(name)
-    check_weights(folder)
+    if not from_scratch:
+        check_weights(folder)
     tokenizer, notes = load_tokenizer(folder)
     config = _model_config(folder, labels)
     device = pick_device()
+    if from_scratch:
+        return Loaded(_random_model(config, task, dtype, seed, tokenizer).to(device).eval(), tokenizer, device, folder, [], notes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -208,6 +217,18 @@ def load_model(
     if task == "classification":
         model.config.pad_token_id = tokenizer.pad_token_id
     return Loaded(model.to(device).eval(), tokenizer, device, folder, modules, notes)
+
+
+def _random_model(config: Any, task: str, dtype: torch.dtype | str, seed: int, tokenizer: Any) -> Any:
+    """A model of this configuration with random weights: drawn in fp32, so that they are the same in every precision."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _auto_class(task).from_config(config, dtype=torch.float32)
+    if task == "classification":
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model = model.to(torch.float32 if isinstance(dtype, str) else dtype)
+    model.config.dtype = model.dtype
+    return model
 
 
 def head_names(model: Any) -> list[str]:

@@ -132,9 +132,8 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
     import rankwise as rw
 
     dtype = pick_precision(config.train.precision, pick_device())
-    loaded = load_model(config.model, config.task, data.labels, dtype, config.seed)
-    recipe = resolve(config)
-    recipe = recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *loaded.full_modules])))
+    loaded = load_model(config.model, config.task, data.labels, dtype, config.seed, config.train.from_scratch)
+    recipe = with_full_modules(config, resolve(config), loaded.model, loaded.full_modules)
     if recipe.schedule.sample is not None and config.train.lr is not None:
         recipe = recipe.replace(lr=config.train.lr)  # what a schedule trains beforehand is trained as the run is
     asks = recipe.init.calibration is not None or recipe.schedule.sample is not None
@@ -148,6 +147,14 @@ def adapted_model(config: Config, data: Prepared, found: tuple[Path, int] | None
         say(console, f"{what} on {len(drawn):,} of {len(data.train):,} training rows, {len(batches)} batches")
     rw.adapt(loaded.model, recipe, calibration=batches)
     return loaded
+
+
+def with_full_modules(config: Config, recipe: Any, model: Any, heads: Sequence[str]) -> Any:
+    """The recipe with what must train in full beside its sites: a new head, and from scratch everything that is no site."""
+    from rankwise.planning import rest_of
+
+    rest = rest_of(model, recipe) if config.train.from_scratch else []
+    return recipe.replace(modules_to_save=tuple(dict.fromkeys([*recipe.modules_to_save, *heads, *rest])))
 
 
 def scorer(config: Config, data: Prepared, model: Any) -> Callable[[], Scores]:
@@ -262,6 +269,8 @@ def _save_adapter(
     from rankwise.training.carding import data_lines
 
     about = {"model": config.model, "task": config.task, "labels": data.labels, "max_length": config.train.max_length}
+    if config.train.from_scratch:
+        about |= {"from_scratch": True, "seed": config.seed}
     with write_folder(run.adapter) as folder:
         rw.save(model, folder)
         write_json(folder / "training.json", about)

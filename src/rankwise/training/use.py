@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rankwise.adapting import has_base
 from rankwise.errors import CheckpointError, ConfigError
 from rankwise.training.config import Config, make_config, task_configs
 from rankwise.training.folder import config_of, run_of
@@ -75,8 +76,11 @@ def open_adapter(path: str | Path, base: str | None = None, dtype: torch.dtype |
         raise ConfigError(f"the adapter in {folder} does not say which base it belongs to; give it with --model")
     if dtype is None:
         dtype = pick_precision(config.train.precision if config else "auto", pick_device())
-    loaded = load_model(name, about["task"], about["labels"], dtype, config.seed if config else 0)
-    rw.load(loaded.model, folder)
+    scratch = bool(about["from_scratch"])
+    if scratch and dtype == "auto":
+        dtype = pick_precision(config.train.precision if config else "fp32", pick_device())
+    loaded = load_model(name, about["task"], about["labels"], dtype, config.seed if config else about["seed"] or 0, scratch)
+    rw.load(loaded.model, folder, any_base=scratch)  # the file of a model from scratch holds everything that its start did not leave alone
     loaded.model.eval()
     return Opened(loaded, folder, about["task"], about["labels"], config)
 
@@ -89,18 +93,18 @@ def about_adapter(folder: Path) -> dict[str, Any]:
 
 def _about(folder: Path, config: Config | None) -> dict[str, Any]:
     """Base, task and classes: from training.json beside the adapter, else from the run, else from PEFT's own file."""
-    about: dict[str, Any] = {"model": None, "task": "text", "labels": None}
+    about: dict[str, Any] = {"model": None, "task": "text", "labels": None, "from_scratch": None, "seed": None}
     for name, keys in (("adapter_config.json", {"base_model_name_or_path": "model"}), ("training.json", {key: key for key in about})):
         if (folder / name).is_file():
             stored = json.loads((folder / name).read_text(encoding="utf-8"))
             about |= {mine: stored[theirs] for theirs, mine in keys.items() if stored.get(theirs)}
     if config is not None:
-        about |= {"model": config.model, "task": config.task}
+        about |= {"model": config.model, "task": config.task, "from_scratch": config.train.from_scratch}
     return about
 
 
 def evaluate(opened: Opened, data: str | None = None, general: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(scores of the base, scores with the adapter) on the run's own rows, or on rows given here.
+    """(scores of the base, scores with the adapter) on the run's own rows, or on rows given here. No scores of a base that is gone.
 
     Raises:
         ConfigError: no rows are known. DataError: as in training.
@@ -120,6 +124,8 @@ def evaluate(opened: Opened, data: str | None = None, general: str | None = None
     def scores() -> dict[str, Any]:
         return {name: score() for name, score in found.items()}
 
+    if not has_base(opened.model):
+        return {}, scores()
     with rw.disabled(opened.model):
         before = scores()
     return before, scores()

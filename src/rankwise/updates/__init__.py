@@ -7,11 +7,12 @@ from rankwise.updates.experts import Experts
 from rankwise.updates.lowrank import LowRank, lora_slots
 from rankwise.updates.mixer import Mixer
 from rankwise.updates.none import NoUpdate
+from rankwise.updates.projected import Projected
 from rankwise.updates.svd import Svd
 from rankwise.updates.vera import Vera
 
 UPDATES: dict[str, type[UpdateChoice]] = {
-    choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Deep, NoUpdate, Experts, AttentionMixture)
+    choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Deep, Projected, NoUpdate, Experts, AttentionMixture)
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Mixer",
     "NoUpdate",
     "Part",
+    "Projected",
     "Role",
     "Site",
     "Slot",

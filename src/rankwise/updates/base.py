@@ -198,6 +198,10 @@ class UpdateChoice(ABC):
         """Slot name -> tensor of the first experts of a site, from those of all; for an update that grows."""
         return {name: values[name] for name in self.slots(replace(site, experts=experts))}
 
+    def rank_at(self, rank: int, width_out: int, width_in: int) -> int:
+        """The rank of a site of these widths where a recipe asks for `rank`: an update whose rank is bounded may lower it."""
+        return rank
+
     def peft_reason(self, sites: Sequence[Site]) -> str:
         """Why a file of `peft_type` cannot hold these sites; empty where it can."""
         return ""
