@@ -140,8 +140,13 @@ def test_an_export_over_a_4_bit_base_says_what_the_16_bit_base_makes_of_it(world
     assert done.proof.difference.largest < 1e-4
     assert "trained over a 4-bit base; on the base as its folder holds it" in done.text()
     assert check(tmp_path / "out", str(world / "llama")).healthy  # the fingerprint is of the base on the disk
-    again = export(tmp_path / "run", tmp_path / "few", rank=3)
-    assert again.proof.tolerance is None
+    assert export(tmp_path / "run", tmp_path / "few", rank=3).proof.tolerance is None
+    # a residual in 4 bits (QPiSSA) is another base than the one that is served, and that is said too
+    folded = plain_config(world, "completion", tmp_path / "folded", method={"name": "pissa", "base": "fold", "storage": "nf4"})
+    train(folded, console=silent_console())
+    done = export(tmp_path / "folded", tmp_path / "pissa")
+    assert done.proof.difference.largest < 1e-4
+    assert "on the base as its folder holds it" in done.text()
 
 
 def test_weights_that_a_training_wrote_over_come_from_the_folder(world: Path, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import CASES, adapted, base, logits, relative, train, trained
+from checkpoint_models import CASES, IDS, adapted, base, logits, relative, train, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +20,7 @@ from rankwise.checkpoint.gguf_lora import read_gguf, reordered
 from rankwise.checkpoint.lowrank import cut_dense, cut_pair
 from rankwise.checkpoint.servable import RANKS, dense_change
 from rankwise.checkpoint.served import as_served
-from rankwise.errors import CheckpointError, ConfigError
+from rankwise.errors import CheckpointError, ConfigError, TargetError
 from rankwise.sites import adapted_sites
 from rankwise.training import exporting
 
@@ -30,7 +31,7 @@ EXACT = (
     "rosa", "rosa with a master", "lora-drop", "lora-drop pissa fold", "qlora", "rank and alpha patterns", "one layer",
     "gpt2 lora", "gpt2 rosa",
 )  # fmt: skip
-DENSE = ("dora", "propulsion", "dora on pissa fold", "dvora", "rosa without a ledger", "dora over adalora")
+DENSE = ("dora", "propulsion", "galore", "dora on pissa fold", "dvora", "rosa without a ledger", "dora over adalora")
 MIXED = ("loramoe", "am-lora", "milora-mixture")
 
 
@@ -180,10 +181,12 @@ def test_format_peft_is_what_save_writes(tmp_path: Path) -> None:
         ("lora", {"format": "peft", "rank": 4}, "writes it whole"),
         ("lora", {"format": "peft", "dtype": "bf16"}, "holds the masters"),
         ("lora", {"format": "merged"}, "from an adapter's folder"),
+        ("am-lora", {"format": "peft", "static": True}, "leave it out"),
+        ("lora", {"static": True}, "no gates to hold still"),
     ],
 )
 def test_what_cannot_be_is_refused(case: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises((CheckpointError, ConfigError), match=message):
+    with pytest.raises((CheckpointError, ConfigError, TargetError), match=message):
         rw.export(trained(case), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -389,3 +392,11 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "a" / "b-1.5").mkdir(parents=True)
     assert hub_name("a/b-1.5") is None
     assert all(hub_name(name) is None for name in (None, "", "/srv/model", "./a/b", "a", "a/b/c", "demo"))
+
+
+def test_what_the_page_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    (script,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    exec(script, {"model": base(), "base": base(), "batch": {"input_ids": IDS, "labels": IDS}})
+    assert config_of(tmp_path / "portable")["r"] == 8

@@ -90,12 +90,10 @@ def export(
         CheckpointError: the adapter does not fit the format (with the remedy), changes nothing, or the proof fails; nothing is left at the
             output then.
     """
-    output = _checked(output, format, rank, energy, dtype)
+    output = _checked(output, format, rank, energy, dtype, static)
     if format == "merged":
         from rankwise.training.use import merge
 
-        if static:
-            raise ConfigError("static=True holds gates still for a plain LoRA, and a mixture has no merged weights; use format='lora'")
         if isinstance(source, nn.Module) or isinstance(base, nn.Module):
             raise ConfigError("format='merged' is written from an adapter's folder and a base's folder; save the adapter first")
         done = merge(source, output, base, dtype)
@@ -103,7 +101,7 @@ def export(
     return _written(_opened(source, base, tokenizer), output, format, rank, energy, dtype, static)
 
 
-def _checked(output: str | Path, format: str, rank: int | None, energy: float | None, dtype: str | None) -> Path:
+def _checked(output: str | Path, format: str, rank: int | None, energy: float | None, dtype: str | None, static: bool) -> Path:
     output = Path(output)
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is unknown; use {', '.join(FORMATS)}{nearest(format, FORMATS)}")
@@ -111,6 +109,8 @@ def _checked(output: str | Path, format: str, rank: int | None, energy: float | 
         raise ConfigError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)}")
     if format in ("peft", "merged") and (rank is not None or energy is not None):
         raise ConfigError(f"rank and energy cut the update of a plain LoRA; format={format!r} writes it whole: leave them out")
+    if format in ("peft", "merged") and static:
+        raise ConfigError(f"static=True holds a mixture's gates still for a plain LoRA; format={format!r} has no use for it: leave it out")
     if format == "peft" and dtype not in (None, "fp32"):
         raise ConfigError(f"dtype={dtype!r}: format='peft' holds the masters, which are fp32; use format='lora' for a narrower file")
     refuse_existing(output)
@@ -216,7 +216,7 @@ def _written(
             if format == "gguf-lora" and pairs is not None:
                 place = Path(scratch) / "read"
                 _write_gguf(folder, place, bare, ready, sidecar)
-            found, note = _reload(work, bare, place, pairs is not None)
+            found, note = _reload(work, bare, place, pairs is not None, record.recipe.storage.quantizes)
         proof = prove(found, trained, base_logits, tolerance, note=note)
         if pairs is not None:
             sidecar["proof"] = proof.to_dict()
@@ -272,9 +272,8 @@ def _fingerprint(work: _Work, bare: Any, pairs: Pairs, record: Any) -> str:
     return base_fingerprint(dict(bare.named_modules()), list(pairs.sites.values()))
 
 
-def _reload(work: _Work, bare: Any, place: Path, plain: bool) -> tuple[Tensor, str]:
+def _reload(work: _Work, bare: Any, place: Path, plain: bool, quantized: bool) -> tuple[Tensor, str]:
     """(logits of what was written on the base that it was trained on, a note on the base as it lies on the disk where that is another)"""
-    quantized = any(type(module).__name__ == "NF4Linear" for module in bare.modules())
     found = _logits_with(bare, place, work.batches, plain)
     if not quantized or work.loaded is None:
         return found, ""
