@@ -82,6 +82,14 @@ def test_a_run_is_exported_and_its_card_says_how_it_did(world: Path, tmp_path: P
         (world / "run" / "adapter" / "chat_template.jinja").unlink()
 
 
+def test_the_dtype_is_the_base_s_own_unless_said_otherwise(world: Path, tmp_path: Path) -> None:
+    save(model_of(world / "llama").bfloat16(), world, "llama-bf16")
+    done = export(world / "run", tmp_path / "out", base=str(world / "llama-bf16"))
+    assert done.dtype == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert export(world / "run", tmp_path / "wide", dtype="fp32").proof.difference.largest < 1e-5
+
+
 def test_export_merged_in_16_bits(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = logits(open_adapter(world / "dora").model)
     assert cli(["export", str(world / "dora"), str(tmp_path / "out"), "--format", "merged", "--dtype", "bf16"]) == 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from rankwise.checkpoint.fingerprint import base_fingerprint
 from rankwise.errors import CheckpointError
 from rankwise.storage.dense import is_conv1d
 from rankwise.updates import Site
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class Weights:
@@ -34,6 +37,10 @@ class Weights:
     def tensor(self, key: str) -> Tensor:
         """One tensor, as the file holds it."""
         return self.files[key].get_tensor(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of one tensor, which is not read."""
+        return _DTYPES.get(self.files[key].get_slice(key).get_dtype(), torch.float32)
 
     def key_of(self, module: str, prefix: str) -> str:
         """The key of a module's weight: files of some families leave out the model's own prefix, others add one.

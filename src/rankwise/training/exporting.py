@@ -190,7 +190,7 @@ def _written(
     trained = logits_on(model, work.batches)
     mixture = mean_mixture(model, work.batches) if static else None
     pairs = None if format == "peft" else pairs_of(model, rank, energy, mixture)
-    file_dtype = DTYPES[dtype] if dtype else torch.float32 if format == "peft" or kind not in DTYPES.values() else kind
+    file_dtype = DTYPES[dtype] if dtype else _own_dtype(work, pairs, kind)
     ready = {} if pairs is None else _ready(pairs, format, file_dtype)
     notes = [] if pairs is None else _cut_notes(pairs, ready, mixture)
     tolerance = tolerance_of(file_dtype, kind) if pairs is None or pairs.exact else None
@@ -223,6 +223,18 @@ def _written(
             _sidecar(folder, sidecar)
         _dress(work, folder, format, about, method, fingerprint, record.recipe.name, notes, proof, ready)
     return Exported(output, format, str(file_dtype).removeprefix("torch."), proof, notes)
+
+
+def _own_dtype(work: _Work, pairs: Pairs | None, kind: torch.dtype) -> torch.dtype:
+    """What servers will compute in: the dtype of the base as its folder holds it. `save` writes masters, which are fp32."""
+    if pairs is None:
+        return torch.float32
+    if work.loaded is not None:
+        from rankwise.checkpoint.weights import Weights
+
+        weights = Weights(work.loaded.folder)
+        kind = weights.dtype(weights.key_of(next(iter(pairs.cuts)), getattr(work.model, "base_model_prefix", "")))
+    return kind if kind in DTYPES.values() else torch.float32
 
 
 def _ready(pairs: Pairs, format: str, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:

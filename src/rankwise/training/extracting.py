@@ -86,7 +86,7 @@ def extract(
     before, after = (Weights(folder) for folder in folders)
     cuts, sites = _cuts(model, before, after, rank, energy)
     left = _left(before, after, {before.key_of(name, model.base_model_prefix) for name in sites})
-    own = after.tensor(after.key_of(next(iter(cuts)), model.base_model_prefix)).dtype
+    own = after.dtype(after.key_of(next(iter(cuts)), model.base_model_prefix))
     kind = DTYPES[dtype] if dtype else own if own in DTYPES.values() else torch.float32
     width = padded_rank(max(cut.rank for cut in cuts.values()))
     pairs = {name: padded(cut, width, kind) for name, cut in cuts.items()}

@@ -78,7 +78,7 @@ def verify(a: str | Path, b: str | Path, base: str | None = None) -> Verified:
         sides.append(_adapter(side, base, batches) if adapter else _model(str(side), task, labels, batches))
     one, other = sides
     found = difference(one.logits, other.logits)
-    changes = tuple(None if side.base is None else difference(side.logits, side.base) for side in sides)
+    changes = tuple(None if side.base is None else difference(side.base, side.logits) for side in sides)
     bare = adapters[0] != adapters[1] and one.folder.resolve() == other.folder.resolve()
     return Verified(found, tolerance_of(one.dtype, other.dtype), (changes[0], changes[1]), bare)
 
