@@ -300,6 +300,9 @@ def test_doctor_finds_what_makes_adapters_fail(world: Path, tmp_path: Path) -> N
         "half": (lambda t: {k: v for k, v in t.items() if "0.mlp.up_proj.lora_B" not in k}, {"use_rslora": False}, {"half"}),
         "empty": (lambda t: {}, {"use_rslora": False}, {"empty"}),
         "type": (None, {"peft_type": "IA3"}, {"type"}),
+        "no matrix": (lambda t: {k: v.flatten() if "0.mlp.up_proj" in k else v for k, v in t.items()}, {"use_rslora": False}, {"shape"}),
+        "types": (None, {"use_rslora": False, "lora_alpha": "4", "alpha_pattern": [1]}, {"fields"}),
+        "expression": (None, {"use_rslora": False, "alpha_pattern": {"(": 1}}, {"fields", "alpha_pattern"}),
         "fields": (None, {"use_rslora": False, "from_the_future": 1}, {"fields"}),
     }
     for name, (tensors, config, wanted) in cases.items():
@@ -352,3 +355,22 @@ def test_doctor_refuses_to_repair_the_rest(world: Path, tmp_path: Path, capsys: 
     assert cli(["doctor", str(plain), "--model", str(world / "llama"), "--repair", str(tmp_path / "out")]) == 0
     assert "repaired into" in capsys.readouterr().out
     assert not check(plain, str(world / "llama")).broken
+
+
+def test_an_adapter_that_peft_made_is_exported(world: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 6})
+    model = get_peft_model(model_of(world / "llama"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "peft")
+    assert export(tmp_path / "peft", tmp_path / "out", base=str(world / "llama")).proof.tolerance == 1e-4
+    assert off(logits(PeftModel.from_pretrained(model_of(world / "llama"), tmp_path / "out")), wanted) < 1e-5
+    assert check(tmp_path / "out", str(world / "llama")).findings == []
+    export(tmp_path / "out", tmp_path / "gguf", format="gguf-lora")  # and from the export on
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no plain LoRA that can be read"):
+        verify(tmp_path / "out", tmp_path / "peft", str(world / "llama"))

@@ -161,6 +161,14 @@ def test_a_base_that_is_given_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert relative(logits(plain), logits(rw.load(base(), tmp_path / "adapter"))) < 1e-5
 
 
+def test_a_merged_model_is_exported_as_what_it_was_before(tmp_path: Path) -> None:
+    model = trained("dora")
+    one = rw.export(model, tmp_path / "a", rank=32)
+    merged = rw.export(rw.merge(model), tmp_path / "b", rank=32)
+    assert model.rankwise is not None
+    assert merged.proof.difference.largest < 1e-4 > one.proof.difference.largest
+
+
 def test_format_peft_is_what_save_writes(tmp_path: Path) -> None:
     model = trained("dora")
     done = rw.export(model, tmp_path / "out", format="peft")

@@ -115,6 +115,7 @@ def _files(found: Diagnosis) -> dict[str, Tensor] | None:
         found.config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(found.config, dict):
             raise ValueError("it holds no object")
+        _check_types(found)
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         found.add("error", "unreadable", f"a file is truncated or broken ({error}); copy the folder again")
@@ -124,13 +125,31 @@ def _files(found: Diagnosis) -> dict[str, Tensor] | None:
     return tensors
 
 
+def _check_types(found: Diagnosis) -> None:
+    """Values of a wrong type are found here once, and replaced by PEFT's defaults for the rest of the diagnosis."""
+    for name, kinds in {"r": int, "lora_alpha": (int, float), "rank_pattern": dict, "alpha_pattern": dict}.items():
+        value = found.config.get(name, LORA_DEFAULTS[name])
+        numbers = value.values() if isinstance(value, dict) else [] if value is None else [value]
+        fits = (value is None and kinds is dict) or isinstance(value, kinds)
+        if not fits or not all(type(each) in (int, float) and math.isfinite(each) and each > 0 for each in numbers):
+            found.add("error", "fields", f"{name} is {value!r}, which no loader takes; write it as PEFT does")
+            found.config[name] = LORA_DEFAULTS[name]
+    for pattern in found.config.get("alpha_pattern") or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            found.add("error", "fields", f"alpha_pattern has {pattern!r}, which is no regular expression: {error}")
+
+
 def _keys(found: Diagnosis, tensors: Mapping[str, Tensor]) -> None:
     groups: dict[str, list[str]] = {}
     adapters: set[str] = set()
     bare = 0
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
-        if match:
+        if match and tensor.dim() != 2:
+            groups.setdefault("shape", []).append(key)
+        elif match:
             stem = match["stem"]
             bare += not stem.startswith(PREFIX)
             adapters |= {match["adapter"]} if match["adapter"] else set()
@@ -149,6 +168,7 @@ def _keys(found: Diagnosis, tensors: Mapping[str, Tensor]) -> None:
         "magnitude": "hold DoRA's magnitudes, which servers refuse or drop: rankwise export --energy, or --format merged",
         "embedding": "adapt an embedding, which servers refuse or skip: rankwise export --format merged",
         "tokens": "train single tokens, which servers refuse: merge it with PEFT",
+        "shape": "are factors, and no matrices: save it again",
         "bias": "are biases of lora_B, which servers drop: merge it with PEFT",
         "full": "are no factors (modules_to_save and the like), which servers refuse: rankwise export --format merged",
     }
@@ -239,7 +259,7 @@ def _base_matches(found: Diagnosis, base: nn.Module | None, fingerprint: Callabl
         if path.is_file():
             try:
                 about = json.loads(path.read_text(encoding="utf-8"))
-                stated, names = about["base"]["fingerprint"], list(about["sites"])
+                stated, names = about["base"]["fingerprint"], [str(name) for name in about["sites"]]
             except (ValueError, KeyError, TypeError):
                 found.add("error", "unreadable", f"{file} is broken; copy the folder again")
                 return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,8 +43,12 @@ def as_served(base: nn.Module, folder: Path) -> Iterator[nn.Module]:
     Raises:
         CheckpointError: a key that is no lora_A or lora_B of a module of the base, half a pair, or another rank than the configuration's.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is no plain LoRA that can be read ({error!r}); export it again") from error
     modules = dict(base.named_modules())
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -54,11 +59,12 @@ def as_served(base: nn.Module, folder: Path) -> Iterator[nn.Module]:
     handles = []
     try:
         for name, pair in pairs.items():
-            if set(pair) != {"A", "B"} or len(pair["A"]) != config["r"] or pair["B"].shape[1] != config["r"]:
-                raise CheckpointError(f"{folder / WEIGHTS}: {name} does not hold a pair of rank {config['r']}")
+            shapes = [tuple(pair[side].shape) for side in "AB" if side in pair]
+            if len(shapes) != 2 or shapes[0][:1] != (rank,) or shapes[1][1:] != (rank,) or rank < 1:
+                raise CheckpointError(f"{folder / WEIGHTS}: {name} holds factors of shapes {shapes}, and no pair of rank {rank}")
             device = next(base.parameters()).device
             down, up = (pair[side].to(device).float() for side in "AB")
-            handles.append(modules[name].register_forward_hook(Added(down, up, config["lora_alpha"] / config["r"])))
+            handles.append(modules[name].register_forward_hook(Added(down, up, alpha / rank)))
         yield base
     finally:
         for handle in handles:

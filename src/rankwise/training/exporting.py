@@ -32,6 +32,7 @@ from rankwise.checkpoint.proof import (
 from rankwise.checkpoint.servable import DTYPES, Pairs, about_base, padded, padded_rank, pairs_of, write_servable
 from rankwise.errors import CheckpointError, ConfigError, TargetError, nearest
 from rankwise.routing.static import Mixture, mean_mixture
+from rankwise.sites import adapted_sites
 from rankwise.training.folder import RunFolder, run_of
 from rankwise.training.models import Loaded, load_model
 from rankwise.training.use import Opened, adapter_folder, open_adapter
@@ -143,7 +144,10 @@ def _opened(source: str | Path | nn.Module, base: str | nn.Module | None, tokeni
         if base is not None:
             raise ConfigError("base is known where the source is an adapted model; leave it out")
         # the caller's parameters stay the ones that their optimizer knows; the proof takes the adapters off a copy
-        return _Work(copy.deepcopy(source), _prompts(source, tokenizer))
+        own = copy.deepcopy(source)
+        if any(module.merged for module in adapted_sites(own).values()):
+            rw.unmerge(own)
+        return _Work(own, _prompts(source, tokenizer))
     if isinstance(base, nn.Module):
         folder = adapter_folder(source)
         # a start that is folded into the base comes out of it again only to rounding: not on the caller's model
