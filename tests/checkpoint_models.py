@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.context import takes_context
 from rankwise.errors import CheckpointError
 from rankwise.recipe import Recipe
 from rankwise.recipes import RECIPES
-from rankwise.routing.context import takes_context
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.storage.nf4_codes import dequantize, quantize
 

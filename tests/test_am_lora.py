@@ -569,7 +569,7 @@ def test_a_mixture_held_still_is_exact_where_its_gates_are_constant(tmp_path: Pa
     mixture = mean_mixture(model, batches)
     assert all(error < 1e-6 for error in mixture.errors.values())
     before = logits(model, token_ids())
-    export_lora(model, tmp_path / "plain", mixture)
+    export_lora(model, tmp_path / "plain", mixture=mixture)
     plain = rw.load(llama(), tmp_path / "plain")
     assert {module.site.rank for module in adapted_sites(plain).values()} == {6}
     torch.testing.assert_close(logits(plain, token_ids()), before, rtol=1e-5, atol=1e-5)
@@ -580,7 +580,7 @@ def test_a_mixture_held_still_is_exact_where_its_gates_are_constant(tmp_path: Pa
 
 def test_the_lora_of_one_task_alone_is_a_plain_lora(tmp_path: Path) -> None:
     model, _ = sequence(3)
-    export_lora(model, tmp_path, one_expert(model, 1))
+    export_lora(model, tmp_path, mixture=one_expert(model, 1))
     alone = rw.load(llama(), tmp_path)
     for name, module in adapted_sites(alone).items():
         update: Any = adapted_sites(model)[name].update

@@ -112,7 +112,7 @@ def test_the_start_is_the_base_and_only_up_has_a_gradient() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_stacked_experts_equal_the_loop(dtype: torch.dtype, tolerance: float) -> None:
     """Forward and the gradients of x, down, up, router, balance loss included, relative to their largest entry."""
-    from rankwise.routing.context import BatchContext, Meter, under
+    from rankwise.context import BatchContext, Meter, under
 
     for module in sites(mixture(dtype, beta=0.2)):
         x = torch.randn(3, 8, module.in_features, dtype=dtype, generator=torch.Generator().manual_seed(3), requires_grad=True)

@@ -15,10 +15,11 @@ from training_models import make_world, plain_config, silent_console
 import rankwise as rw
 from rankwise.checkpoint import load_trainable_state, trainable_state
 from rankwise.checkpoint.portable import export_lora
+from rankwise.context import BatchContext, Meter, under
 from rankwise.errors import ConfigError, RecipeError, TrainingError
 from rankwise.optim import roles_of
 from rankwise.routing.cache import ROUTES, keep_routes
-from rankwise.routing.context import BatchContext, Meter, gates_of, under
+from rankwise.routing.gating import gates_of
 from rankwise.routing.prompt_gate import GELU_DENOMINATOR, GELU_NUMERATOR, PromptGate, load_balance, rational
 from rankwise.routing.static import Mixture, mean_mixture, uniform_mixture
 from rankwise.sites import adapted_sites

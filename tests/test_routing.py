@@ -12,11 +12,7 @@ from tiny_models import llama, perturb, token_ids
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.errors import TrainingError
-from rankwise.optim import roles_of
-from rankwise.recipe import Recipe
-from rankwise.routing import ROUTINGS, Block, BlockGate, RoutingChoice
-from rankwise.routing.context import (
+from rankwise.context import (
     BatchContext,
     attach,
     current,
@@ -27,6 +23,10 @@ from rankwise.routing.context import (
     takes_context,
     valid_tokens,
 )
+from rankwise.errors import TrainingError
+from rankwise.optim import roles_of
+from rankwise.recipe import Recipe
+from rankwise.routing import ROUTINGS, Block, BlockGate, RoutingChoice
 from rankwise.sites import adapted_sites
 from rankwise.updates import LowRank, Slot
 from rankwise.updates.lowrank import LowRankUpdate

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.calibration import beginnings
+from rankwise.context import Meter
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
@@ -19,7 +20,7 @@ from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
 from rankwise.routing import GATE, Block
-from rankwise.routing.context import Meter, install, uninstall
+from rankwise.routing.gating import install, uninstall
 from rankwise.sharing import SharedProjection
 from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
 from rankwise.storage import storage_of

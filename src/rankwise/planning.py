@@ -14,7 +14,7 @@ from rankwise.preparing import dense_bytes, layers_to_hold
 from rankwise.recipe import Recipe
 from rankwise.report import human_bytes
 from rankwise.routing import Block
-from rankwise.routing.context import gates_of
+from rankwise.routing.gating import gates_of
 from rankwise.sites import (
     AdaptedLinear,
     adapted_sites,

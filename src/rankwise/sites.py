@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from rankwise.context import required
 from rankwise.equation import Start, dense_update, operate
 from rankwise.errors import TargetError, TrainingError, nearest
 from rankwise.gains import Gain
 from rankwise.ledger import Round
 from rankwise.recipe import Targets
 from rankwise.routing.base import BlockGate
-from rankwise.routing.context import required
 from rankwise.sharing import SharedMember
 from rankwise.storage import NF4Linear, Storage, storage_of
 from rankwise.storage.dense import is_conv1d

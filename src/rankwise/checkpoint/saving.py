@@ -34,7 +34,7 @@ from rankwise.checkpoint.peft_layout import (
     pool_keys,
 )
 from rankwise.errors import CheckpointError
-from rankwise.routing.context import gates_of
+from rankwise.routing.gating import gates_of
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.updates import Site
 

@@ -28,8 +28,9 @@ class Slice(Init):
     mode: which directions. 'subset': a uniform random subset of the singular directions; 'block': neighbours, from a random first one (the
         official code, which never draws the last direction: here all blocks are equally likely); 'top', 'bottom': the largest, the
         smallest; 'proj_left', 'proj_right': a random orthonormal frame on the output or input side, which needs no decomposition.
-    factorization: how singular directions are found: 'svd'; 'gram', the fp64 eigenvectors of the smaller Gram matrix, several times
-        cheaper; 'auto': svd up to a smaller side of 1024 and for fp64 weights, gram above. What gram cannot resolve is left to svd.
+    factorization: how singular directions are found: 'svd'; 'gram', the fp64 eigenvectors of the smaller Gram matrix, which is
+        cheaper, most where the sides differ; 'auto': svd up to a smaller side of 1024 and for fp64 weights, gram above. What gram cannot
+        resolve is left to svd.
     balance: 'paper', the singular values stand in `down` (of 'proj_right', in `up`), or 'sqrt', their roots in both.
     covering: positions are drawn without replacement over the rounds, until each was taken; then anew.
     """

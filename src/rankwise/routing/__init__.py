@@ -1,6 +1,6 @@
 """Routing axis: which updates act on which tokens?
 
-Facts of the batch and losses that are attached inside the graph live in `rankwise.routing.context`.
+Facts of the batch and losses that are attached inside the graph live in `rankwise.context`.
 """
 
 from rankwise.routing.base import GATE, Block, BlockGate, RoutingChoice

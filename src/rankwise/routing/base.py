@@ -19,7 +19,7 @@ from torch import Tensor
 from rankwise.updates.base import Part, Slot
 
 if TYPE_CHECKING:
-    from rankwise.routing.context import BatchContext
+    from rankwise.context import BatchContext
     from rankwise.schedules import Running
 
 GATE = "rankwise_gate"  # under this name a gate stands on its block

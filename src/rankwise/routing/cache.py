@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.context import BatchContext
 from rankwise.errors import TrainingError
-from rankwise.routing.context import BatchContext
 
 ROUTES = "rankwise_routes"
 

@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from rankwise.context import BatchContext, attach, attaching
 from rankwise.errors import RecipeError, TrainingError
 from rankwise.routing.base import Block, BlockGate, RoutingChoice
-from rankwise.routing.context import BatchContext, attach, attaching, gates_of
+from rankwise.routing.gating import gates_of
 from rankwise.schedules.base import Change, Event, Moment, Running
 from rankwise.updates.base import Slot
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.context import required
 from rankwise.errors import TargetError
-from rankwise.routing.context import required
 from rankwise.sites import AdaptedLinear, adapted_sites
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.routing.context import facts_of
+from rankwise.context import facts_of
 
 TOKENS = 4096  # padded tokens of one forward: bounds the logits in memory
 

@@ -20,9 +20,9 @@ from transformers.trainer_callback import PrinterCallback
 import rankwise as rw
 from rankwise.checkpoint import load_trainable_state, trainable_state
 from rankwise.checkpoint.atomic import write_folder
+from rankwise.context import takes_context
 from rankwise.errors import TrainingError
 from rankwise.optim import Session
-from rankwise.routing.context import takes_context
 from rankwise.sites import AdaptedLinear, TrainedModule
 from rankwise.training.config import Config
 from rankwise.training.folder import TRAINER_STATE, RunFolder

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.context import attach, attaching, current
 from rankwise.equation import Factors
 from rankwise.errors import CheckpointError, RecipeError
-from rankwise.routing.context import attach, attaching, current
 from rankwise.updates.base import Site, Slot, Update, UpdateChoice
 
 

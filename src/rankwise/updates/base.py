@@ -174,7 +174,7 @@ class UpdateChoice(ABC):
 
     @property
     def reads_context(self) -> bool:
-        """Whether it reads facts of the batch (`rankwise.routing.context`) or attaches losses to the graph."""
+        """Whether it reads facts of the batch (`rankwise.context`) or attaches losses to the graph."""
         return False
 
     @property

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.context import attach, attaching
 from rankwise.equation import Factors
 from rankwise.errors import RecipeError, TrainingError
 from rankwise.updates.base import Site, Slot, UpdateChoice
@@ -42,8 +43,6 @@ class ExpertsUpdate(LowRankUpdate):
         return F.linear(x, self.router.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)  # (..., experts)
 
     def token_core(self, x: Tensor, h: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        from rankwise.routing.context import attach, attaching
-
         gates = self.gates(x)
         h = (h.unflatten(-1, (gates.shape[-1], -1)) * gates.to(h.dtype)[..., None]).flatten(-2)
         context = attaching() if self.choice.beta else None

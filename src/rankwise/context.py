@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import TrainingError
-from rankwise.routing.base import GATE, BlockGate
 
 #: keyword arguments of the model's call that are meant for routers; the root's hook takes them out
 FACTS = ("sample_types", "prompt_mask", "task")
@@ -216,15 +215,15 @@ class Carrying:
         return self.checkpoint(_Under(function, current(), torch.is_grad_enabled()), *args, **kwargs)
 
 
-_CHECKPOINT = "_gradient_checkpointing_func"
+CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def _carry(model: nn.Module) -> None:
     """Wraps the checkpointing function of every block; checkpointing may have been switched on after adapt."""
     for module in model.modules():
-        function = module.__dict__.get(_CHECKPOINT)
+        function = module.__dict__.get(CHECKPOINT)
         if function is not None and not isinstance(function, Carrying):
-            module.__dict__[_CHECKPOINT] = Carrying(function)
+            module.__dict__[CHECKPOINT] = Carrying(function)
 
 
 @lru_cache(maxsize=64)
@@ -261,21 +260,6 @@ def close_context(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         cache = _read(output, "past_key_values")
         keep(context.cache if cache is None else cache, context.routes)
     return output
-
-
-def route(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a block with a gate: the weights of its layers, made anew or read from the cache."""
-    gate: BlockGate = getattr(block, GATE)
-    if not gate.enabled:
-        return
-    context = required(f"the gate of {gate.block.name}")
-    if context.phase == "decode":
-        from rankwise.routing.cache import kept
-
-        context.routes[gate.block.name] = kept(context, gate.block.name)
-        return
-    hidden = args[0] if args else kwargs["hidden_states"]
-    context.routes[gate.block.name] = gate(hidden, context)
 
 
 def _watched(output: Any, context: BatchContext) -> Any:
@@ -365,7 +349,7 @@ def valid_tokens(mask: Any, length: int | None) -> Tensor | None:
     return mask[:, -length:].bool()
 
 
-# --- installing ------------------------------------------------------------------------------------------------------------------------
+# --- asked from outside ----------------------------------------------------------------------------------------------------------------
 
 
 def takes_context(model: nn.Module) -> bool:
@@ -382,37 +366,3 @@ def facts_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if not takes_context(model) or labels is None or labels.dim() != 2:
         return {}
     return {"prompt_mask": prompt_tokens(labels, valid_tokens(batch.get("attention_mask"), labels.shape[1]))}
-
-
-def install(model: nn.Module) -> None:
-    """The hooks of the root and of every block with a gate: module-level functions, which copies and pickles of the model keep."""
-    model.register_forward_pre_hook(open_context, with_kwargs=True)
-    model.register_forward_hook(close_context, with_kwargs=True, always_call=True)
-    for block in gated_blocks(model):
-        block.register_forward_pre_hook(route, with_kwargs=True)
-
-
-def uninstall(model: nn.Module) -> None:
-    """Takes gates and hooks off again, wherever the model may have been copied to since."""
-    for block in gated_blocks(model):
-        delattr(block, GATE)
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (open_context, close_context, route)]:
-                del hooks[key]
-                for also in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
-                    also.pop(key, None)
-        function = module.__dict__.get(_CHECKPOINT)
-        if isinstance(function, Carrying):
-            module.__dict__[_CHECKPOINT] = function.checkpoint
-
-
-def gated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that have a gate, in the model's order."""
-    return [module for module in model.modules() if isinstance(module._modules.get(GATE), BlockGate)]
-
-
-def gates_of(model: nn.Module) -> dict[str, BlockGate]:
-    """Block name -> its gate."""
-    gates = (cast(BlockGate, block._modules[GATE]) for block in gated_blocks(model))
-    return {gate.block.name: gate for gate in gates}
