@@ -42,6 +42,11 @@ class Weights:
         """The dtype of one tensor, which is not read."""
         return _DTYPES.get(self.files[key].get_slice(key).get_dtype(), torch.float32)
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Every floating-point dtype in the files."""
+        return {self.dtype(key) for key in self.files}
+
     def key_of(self, module: str, prefix: str) -> str:
         """The key of a module's weight: files of some families leave out the model's own prefix, others add one.
 

@@ -1,4 +1,8 @@
-"""verify: do two things compute the same? Each is a base, an adapter on its base, or a merged folder; logits on prompts are compared."""
+"""verify: do two things compute the same? Each is a base, an adapter on its base, or a merged folder; logits on prompts are compared.
+
+All is computed in fp32, whatever the files hold, so that what remains is the rounding of what was written: in 16 bits the rounding of the
+products can be larger than all that an adapter does.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +14,7 @@ from torch import Tensor
 from rankwise.checkpoint.proof import Batch, Difference, difference, logits_on, prompt_batches, tolerance_of
 from rankwise.checkpoint.servable import SIDECAR
 from rankwise.checkpoint.served import as_served
+from rankwise.checkpoint.weights import Weights
 from rankwise.errors import CheckpointError, ConfigError, TargetError
 from rankwise.training.exporting import proof_batches
 from rankwise.training.models import load_model, model_folder
@@ -30,7 +35,14 @@ class Verified:
         """Whether both compute the same, and no adapter among them does nothing; a base and its adapter pass where they differ."""
         if any(change is not None and change.largest == 0 for change in self.changes):
             return False
-        return self.difference.largest > 0 if self.base_and_adapter else self.difference.largest <= self.tolerance
+        if self.base_and_adapter:
+            return self.difference.largest > 0
+        return self.difference.largest <= self.tolerance and not self._lost
+
+    @property
+    def _lost(self) -> bool:
+        """Whether the two are as far apart as an adapter among them moves its base: then rounding is no excuse."""
+        return any(change is not None and self.difference.largest >= change.largest for change in self.changes)
 
     def text(self) -> str:
         """What the command prints."""
@@ -43,6 +55,8 @@ class Verified:
             lines.append("one is the other's base, and they differ, as they should" if self.passed else "FAILED: the adapter does nothing")
         else:
             allowed = f"{self.tolerance:g} is what rounding explains"
+            if self.difference.largest <= self.tolerance and self._lost:
+                allowed = "they are as far apart as the adapter moves its base"
             lines.append(f"the same, to rounding ({allowed})" if self.passed else f"FAILED: they are not the same ({allowed})")
         return "\n".join(lines)
 
@@ -51,7 +65,7 @@ class Verified:
 class _Side:
     logits: Tensor
     base: Tensor | None
-    dtype: torch.dtype
+    dtypes: set[torch.dtype]  # in its files
     folder: Path  # of the base
 
 
@@ -80,7 +94,7 @@ def verify(a: str | Path, b: str | Path, base: str | None = None) -> Verified:
     found = difference(one.logits, other.logits)
     changes = tuple(None if side.base is None else difference(side.base, side.logits) for side in sides)
     bare = adapters[0] != adapters[1] and one.folder.resolve() == other.folder.resolve()
-    return Verified(found, tolerance_of(one.dtype, other.dtype), (changes[0], changes[1]), bare)
+    return Verified(found, tolerance_of(*one.dtypes, *other.dtypes), (changes[0], changes[1]), bare)
 
 
 def _is_adapter(path: str | Path) -> bool:
@@ -94,9 +108,9 @@ def _is_adapter(path: str | Path) -> bool:
 def _model(name: str, task: str, labels: list[str] | None, batches: list[Batch]) -> _Side:
     if not Path(name).exists():
         model_folder(name)
-    loaded = load_model(name, task, labels, "auto")
+    loaded = load_model(name, task, labels, torch.float32)
     batches.extend([] if batches else prompt_batches(loaded.tokenizer))
-    return _Side(logits_on(loaded.model, batches), None, next(loaded.model.parameters()).dtype, loaded.folder)
+    return _Side(logits_on(loaded.model, batches), None, Weights(loaded.folder).dtypes, loaded.folder)
 
 
 def _adapter(path: str | Path, base: str | None, batches: list[Batch]) -> _Side:
@@ -106,14 +120,14 @@ def _adapter(path: str | Path, base: str | None, batches: list[Batch]) -> _Side:
         name = base or about["model"]
         if not name:
             raise ConfigError(f"the adapter in {folder} does not say which base it belongs to; give it with --model")
-        loaded = load_model(name, about["task"], about["labels"], "auto")
+        loaded = load_model(name, about["task"], about["labels"], torch.float32)
         batches.extend([] if batches else prompt_batches(loaded.tokenizer))
         bare = logits_on(loaded.model, batches)
         with as_served(loaded.model, folder) as served:
-            return _Side(logits_on(served, batches), bare, next(loaded.model.parameters()).dtype, loaded.folder)
-    opened = open_adapter(path, base, "auto")
+            return _Side(logits_on(served, batches), bare, Weights(folder).dtypes, loaded.folder)
+    opened = open_adapter(path, base, torch.float32)
     batches.extend([] if batches else proof_batches(opened))
-    return _Side(logits_on(opened.model, batches), _bare(opened, batches), next(opened.model.parameters()).dtype, opened.loaded.folder)
+    return _Side(logits_on(opened.model, batches), _bare(opened, batches), Weights(folder).dtypes, opened.loaded.folder)
 
 
 def _bare(opened: Opened, batches: list[Any]) -> Tensor | None:
