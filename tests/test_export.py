@@ -199,6 +199,14 @@ def test_what_cannot_be_is_refused(case: str, options: dict[str, Any], message: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("gain", ["none", "dora"])
+def test_a_trained_bias_is_not_dropped(gain: str, tmp_path: Path) -> None:
+    """Under a gain the change is taken from dense weights, where a bias would be lost without a word."""
+    recipe = rw.recipes.lora(rank=4, gain=gain, update={"name": "lora", "bias": True})
+    with pytest.raises(CheckpointError, match=r"adds a trained bias.*--format merged"):
+        rw.export(train(adapted("llama", recipe)), tmp_path / "out", energy=0.99)
+
+
 def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="exists; choose a new folder"):

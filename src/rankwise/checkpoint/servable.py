@@ -100,6 +100,8 @@ def _cut(module: AdaptedLinear, rank: int | None, energy: float | None, mixture:
             f"{name}: the update depends on the {'prompt' if module.place else 'token'}, which a plain LoRA cannot hold; hold its gates "
             "still at their mean over some rows (--static), which comes near it, or serve it with rankwise"
         )
+    if module.update is not None and module.update.factors().shift is not None:
+        raise CheckpointError(f"{name} adds a trained bias (bias=True), which servers drop or refuse; export it merged (--format merged)")
     if module.gain is None and not (module.written and module.ledger is None):
         down, up = exact_pair(module, False, mixture)
         if rank is None and energy is None:
