@@ -11,7 +11,7 @@ from tiny_models import llama, logits, perturb, token_ids
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.errors import TargetError
+from rankwise.errors import TargetError, TrainingError
 from rankwise.sites import adapted_sites, stacked_weights, trained_modules
 
 torch.set_num_threads(1)
@@ -183,7 +183,7 @@ def in_order() -> Any:
     return InOrder
 
 
-@pytest.mark.parametrize("storage", ["dense", "nf4"])
+@pytest.mark.parametrize("storage", ["keep", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_trainer_trains_as_a_plain_loop(method: str, storage: str, tmp_path: Path) -> None:
     recipe = rw.recipes.RECIPES[method](rank=4, storage=storage, dropout=0.0)
@@ -203,15 +203,14 @@ def test_trainer_trains_as_a_plain_loop(method: str, storage: str, tmp_path: Pat
     assert torch.equal(logits(base, token_ids()), before)
 
 
-@pytest.mark.parametrize("storage", ["dense", "nf4"])
+@pytest.mark.parametrize("storage", ["keep", "nf4"])
 def test_trainer_with_gradient_checkpointing(storage: str, tmp_path: Path) -> None:
     """Trainer turns it on; the numbers are those of a run without."""
     recipe = rw.recipes.dora(rank=4, storage=storage, dropout=0.0)
     model, other = (rw.adapt(llama(), recipe).train() for _ in range(2))
     calls = []
-    block = model.model.layers[0].mlp
-    block.register_forward_hook(lambda *_: calls.append(1))
-    arguments = trainer_arguments(tmp_path, gradient_checkpointing=True)
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
+    arguments = trainer_arguments(tmp_path, activation_checkpointing=True)
     in_order()(model=model, args=arguments, train_dataset=rows(), optimizers=(rw.optimizer(model, lr=1e-2), None)).train()
     assert len(calls) == 6  # each block runs again in the backward
     plain_loop(other, 3)
@@ -233,7 +232,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     gradients = []
     for on in (False, True):
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         model.zero_grad()
         model(**batch).loss.backward()
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
@@ -289,7 +288,9 @@ def test_trl_sft(method: str, tokenizer: Any, tmp_path: Path) -> None:
     start = trained_values(model)
     data = Dataset.from_list([{"prompt": f"Say {word}:", "completion": f" {word}"} for word in ("one", "two", "three", "four")])
     arguments = trainer_arguments(tmp_path)
-    config = SFTConfig(**{key: getattr(arguments, key) for key in ("output_dir", "max_steps", "report_to", "use_cpu", "bf16")}, max_length=32)
+    config = SFTConfig(
+        **{key: getattr(arguments, key) for key in ("output_dir", "max_steps", "report_to", "use_cpu", "bf16")}, max_length=32
+    )
     trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, optimizers=(rw.optimizer(model, lr=1e-2), None))
     assert trainer.train().global_step == 3
     assert trainer.model is model
@@ -308,8 +309,12 @@ def test_trl_dpo_with_the_base_as_its_reference(method: str, tokenizer: Any, tmp
     model = rw.adapt(speaking(tokenizer), rw.recipes.RECIPES[method](rank=4, dropout=0.0))
     reference, ids = rw.reference(model), token_ids()
     base, start = logits(reference, ids), trained_values(model)
-    data = Dataset.from_list([{"prompt": f"Say {word}:", "chosen": f" {word}", "rejected": " no"} for word in ("one", "two", "three", "four")])
-    config = DPOConfig(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, bf16=False, max_length=32, logging_steps=1, save_strategy="no")
+    data = Dataset.from_list(
+        [{"prompt": f"Say {word}:", "chosen": f" {word}", "rejected": " no"} for word in ("one", "two", "three", "four")]
+    )
+    config = DPOConfig(
+        str(tmp_path), max_steps=3, report_to=[], use_cpu=True, bf16=False, max_length=32, logging_steps=1, save_strategy="no"
+    )
     trainer = DPOTrainer(
         model,
         reference,  # type: ignore[arg-type]
@@ -321,10 +326,33 @@ def test_trl_dpo_with_the_base_as_its_reference(method: str, tokenizer: Any, tmp
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-4)
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 1e-3
     assert not any(torch.equal(value, start[name]) for name, value in trained_values(model).items())
     assert torch.equal(logits(reference, ids), base)
     assert not torch.allclose(logits(model.eval(), ids), base, atol=1e-3)
+
+
+def test_a_reference_is_the_base_whatever_forward_it_was_given() -> None:
+    """As TRL and accelerate do: a forward that runs parts of the model, put in the place of the reference's own."""
+    model, ids = llama(), token_ids()
+    before = model.model(input_ids=ids).last_hidden_state
+    perturb(rw.adapt(model, rw.recipes.dora(rank=4)))
+    reference: Any = rw.reference(model)
+    reference.forward = lambda input_ids: reference.base_model(input_ids=input_ids).last_hidden_state
+    assert torch.equal(reference(input_ids=ids), before)
+    assert not torch.allclose(model.model(input_ids=ids).last_hidden_state, before, atol=1e-3)
+
+
+def test_trl_reads_the_heads_weight_past_an_adapter_and_that_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model = rw.adapt(speaking(tokenizer), rw.recipes.lora(rank=4, targets=["q_proj", "lm_head"]))
+    data = Dataset.from_list([{"prompt": "Say one:", "completion": " one"}] * 4)
+    config = SFTConfig(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, bf16=False, max_length=32, save_strategy="no")
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, optimizers=(rw.optimizer(model, lr=1e-2), None))
+    with pytest.raises(TrainingError, match="lm_head"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt2", "opt", "t5", "mixtral"])
@@ -378,7 +406,7 @@ def test_save_pretrained_of_the_merged_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(output(again.eval(), batch), merged)
 
 
-@pytest.mark.parametrize("storage", ["dense", "nf4"])
+@pytest.mark.parametrize("storage", ["keep", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_compiler_gives_what_eager_gives(method: str, storage: str) -> None:
     torch._dynamo.reset()
