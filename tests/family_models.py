@@ -1,4 +1,4 @@
-"""One tiny model with random weights of each family that the contract table of docs/integrations.md names, with a batch that gives a loss."""
+"""One tiny model with random weights of each family in the table of docs/integrations.md, with a batch that gives a loss."""
 
 import copy
 from collections.abc import Callable
