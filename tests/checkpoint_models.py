@@ -20,7 +20,7 @@ from rankwise.storage.nf4_codes import dequantize, quantize
 
 torch.set_num_threads(1)
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "rankwise.json"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rankwise.json"}
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(5))
 
 

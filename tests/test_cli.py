@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
         done = python("-c", code)
         best = min(best, time.perf_counter() - start)
     assert "HEAVY [] 0" in done.stdout
-    for command in ("demo", "methods", "plan", "train", "evaluate", "generate", "merge", "doctor"):
+    for command in ("demo", "methods", "plan", "train", "evaluate", "generate", "merge", "export", "extract", "verify", "doctor"):
         assert command in done.stdout
     assert best < 0.5
 

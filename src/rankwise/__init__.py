@@ -31,6 +31,7 @@ _HOME = {
     "next_task": "rankwise.optim",
     "save": "rankwise.checkpoint",
     "load": "rankwise.checkpoint",
+    "export": "rankwise.training.exporting",
     "RankwiseError": "rankwise.errors",
 }
 
@@ -46,6 +47,7 @@ __all__ = [
     "allocate",
     "attach",
     "disabled",
+    "export",
     "galore_groups",
     "load",
     "measure",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from rankwise.planning import Plan, plan, summary
     from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets
+    from rankwise.training.exporting import export
 
 
 def __getattr__(name: str) -> Any:

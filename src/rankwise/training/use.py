@@ -1,6 +1,7 @@
 """A trained adapter in use: opened on its base, evaluated, asked to write, merged into a folder that other software loads."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,12 @@ def open_adapter(path: str | Path, base: str | None = None, dtype: torch.dtype |
     rw.load(loaded.model, folder, any_base=scratch)  # the file of a model from scratch holds everything that its start did not leave alone
     loaded.model.eval()
     return Opened(loaded, folder, about["task"], about["labels"], config)
+
+
+def about_adapter(folder: Path) -> dict[str, Any]:
+    """{'model', 'task', 'labels'} of an adapter, as its files or its run say; None where they do not."""
+    run = run_of(folder)
+    return _about(folder, config_of(run) if run else None)
 
 
 def _about(folder: Path, config: Config | None) -> dict[str, Any]:
@@ -201,50 +208,75 @@ def _ends(tokenizer: Any, model: Any) -> list[int]:
     return sorted(end for end in ends if end is not None)
 
 
-def merge(path: str | Path, output: str | Path, base: str | None = None, prompt: str = "The quick brown fox") -> Mapping[str, Any]:
-    """Writes base plus adapter as an ordinary model folder in the base's own dtype, and proves it: the folder is loaded again, and its
-    logits on a prompt are compared with those of the adapted model.
+def merge(path: str | Path, output: str | Path, base: str | None = None, dtype: str | None = None) -> Mapping[str, Any]:
+    """Writes base plus adapter as an ordinary model folder, and proves it: the folder is loaded again, every tensor of it is compared with
+    what was saved, and its logits on prompts are compared with those of the adapted model.
+
+    Tokenizer, chat template and generation config are the base's files, the adapter's own above them.
+
+    Args:
+        path: a run's folder or an adapter's.
+        output: the new folder.
+        base: as `open_adapter`.
+        dtype: 'fp32', 'bf16' or 'fp16'; None keeps the base's own. The update is added in fp32 and the sum rounded once.
 
     Returns:
-        {'folder', 'dtype', 'difference': largest difference of the logits over their largest magnitude, 'tolerance'}.
+        {'folder', 'dtype', 'difference': largest difference of the logits over their largest magnitude, 'tolerance', 'proof'}.
 
     Raises:
-        ConfigError: the output exists. CheckpointError: the reloaded model differs by more than rounding the weights explains.
+        ConfigError: the output exists. CheckpointError: the reloaded model differs by more than rounding the weights explains, or is no
+            nearer to the adapted model than the bare base.
     """
     import rankwise as rw
     from rankwise.checkpoint.atomic import write_folder
+    from rankwise.checkpoint.card import card, facts, method_lines, put_card
+    from rankwise.checkpoint.proof import logits_on, prove, tolerance_of
+    from rankwise.checkpoint.servable import DTYPES
+    from rankwise.training.carding import run_lines
+    from rankwise.training.exporting import copy_tokenizer, proof_batches, refuse_existing
 
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"output {output} exists; choose a new folder")
-    opened = open_adapter(path, base, "auto")
-    model, tokenizer = opened.model, opened.loaded.tokenizer
-    ids = _opened_ids(tokenizer, prompt).to(opened.loaded.device)
-    before = _logits(model, ids)
+    refuse_existing(output)
+    opened = open_adapter(path, base, "auto" if dtype is None else torch.float32)
+    model = opened.model
+    record, about, batches = model.rankwise, facts(model), proof_batches(opened)
+    trained = logits_on(model, batches)
+    base_logits = _base_logits(opened, batches)
     rw.merge(model, keep_base=False)
     model.eval()
-    merged = _logits(model, ids)
-    dtype = next(model.parameters()).dtype
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
+    if dtype is not None:
+        model.to(DTYPES[dtype])
+        model.config.dtype = DTYPES[dtype]
+    kind = next(model.parameters()).dtype
     with write_folder(output) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        opened.loaded.tokenizer.save_pretrained(folder)
+        for source in (opened.loaded.folder, opened.adapter):
+            copy_tokenizer(source, folder)
+        if (opened.loaded.folder / "generation_config.json").is_file():
+            shutil.copy2(opened.loaded.folder / "generation_config.json", folder / "generation_config.json")
         again = load_model(str(folder), opened.task, opened.labels, "auto").model
-        difference = _difference(_logits(again, ids), before)
-        if not torch.equal(_logits(again, ids), merged):
+        wanted, found = model.state_dict(), again.state_dict()
+        if wanted.keys() != found.keys() or not all(torch.equal(tensor, wanted[name]) for name, tensor in found.items()):
             raise CheckpointError("the merged model does not load as it was saved; nothing was written")
-        if not difference <= tolerance:
-            raise CheckpointError(
-                f"the merged model differs from the adapted one by {difference:.2g} of the largest logit, more than {tolerance:g}, which "
-                f"rounding to {dtype} does not explain; nothing was written"
-            )
-    return {"folder": output, "dtype": str(dtype).removeprefix("torch."), "difference": difference, "tolerance": tolerance}
+        proof = prove(logits_on(again, batches), trained, base_logits, tolerance_of(kind), "the merged model")
+        data, metrics = run_lines(run_of(opened.adapter))
+        lines = [f"- {line}" for line in proof.text().splitlines()]
+        method = method_lines(record.recipe, record.plan.sites)
+        put_card(folder, card(about, "merged", method, record.fingerprint, record.recipe.name or "lora", data, metrics, lines))
+    name = str(kind).removeprefix("torch.")
+    return {"folder": output, "dtype": name, "difference": proof.difference.largest, "tolerance": proof.tolerance, "proof": proof}
 
 
-@torch.no_grad()
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+def _base_logits(opened: Opened, batches: list[Any]) -> torch.Tensor:
+    """The base's logits; from its folder where the training wrote over it."""
+    import rankwise as rw
+    from rankwise.checkpoint.proof import logits_on
+    from rankwise.errors import TargetError
 
-
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+    try:
+        with rw.disabled(opened.model):
+            return logits_on(opened.model, batches)
+    except TargetError:
+        kind = next(opened.model.parameters()).dtype
+        return logits_on(load_model(str(opened.loaded.folder), opened.task, opened.labels, kind).model, batches)
