@@ -373,6 +373,12 @@ class Reference(nn.Module):
         super().__init__()
         object.__setattr__(self, "adapted_model", model)  # unregistered: its parameters are not ours
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # around the whole call: a trainer may put a `forward` of its own in the place of ours, which runs parts of the model (TRL's fused
+        # head) or has bound the old one (accelerate's autocast)
+        with self._as_base():
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._as_base() as model:
             return model(*args, **kwargs)

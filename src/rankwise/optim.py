@@ -5,6 +5,7 @@ HF Trainer
 and TRL therefore behave alike, and none can forget an event.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
 
 #: decay would pull these to a uniform choice, or to no activation at all
 UNDECAYED = frozenset({"gate", "activation"})
+#: steps after which a site that never had a gradient is warned of, in loops that never ask `check_alive`
+PATIENCE = 10
 
 
 def roles_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
@@ -246,6 +249,8 @@ class Session:
                 group["weight_decay"] = decay
         self._before = []
         self.steps += 1
+        if self.steps == PATIENCE and self.waiting:
+            warnings.warn(self._silence(), stacklevel=2)
         if (model := self.model()) is not None:
             self.attached = adapted(model).meter.take()
         self.fire("step", optimizer)
@@ -257,11 +262,14 @@ class Session:
     def check_alive(self) -> None:
         """Raises TrainingError when a site has had no gradient in any step so far: its adapter would do nothing."""
         if self.steps and self.waiting:
-            names = list(self.waiting)
-            raise TrainingError(
-                f"{len(names)} of the adapted sites never received a gradient, such as {names[0]}; the model does not use them in its "
-                "forward: take them out with targets.exclude"
-            )
+            raise TrainingError(self._silence())
+
+    def _silence(self) -> str:
+        names = list(self.waiting)
+        return (
+            f"{len(names)} of the adapted sites never received a gradient, such as {names[0]}; the model does not use them in its forward, "
+            "or the loss reads their weights past the adapter (TRL's does at the output head): take them out with targets.exclude"
+        )
 
 
 def _follow(optimizer: Optimizer, reset: Sequence[nn.Parameter], sliced: Sequence[Sliced]) -> None:

@@ -25,6 +25,7 @@ from rankwise.sites import (
     matches,
     placement,
     shared_module_paths,
+    stacked_weights,
     tied_names,
     trained_modules,
     widths_of,
@@ -340,6 +341,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:
         notes.append(f"lr={recipe.lr:g} is low for VeRA, whose vectors need 10 to 100 times LoRA's rate")
+    notes += _expert_notes(model, recipe, [name for name, _ in apart])
     base = _base_size(model, recipe, [name for name, _ in apart])
     notes += base.notes
     return Plan(
@@ -383,6 +385,23 @@ def _blocks(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> tuple[Bl
     text = getattr(config, "get_text_config", lambda: config)()
     width = getattr(text, "hidden_size", None)
     return tuple(Block(name, width or mine[0].in_features, tuple(site.name for site in mine)) for name, mine in members.items())
+
+
+def _expert_notes(model: nn.Module, recipe: Recipe, apart: Sequence[str]) -> list[str]:
+    """What no adapter acts on because it is no linear layer: experts that a model holds as stacks of matrices."""
+    stacked = {name: weight for name, weight in stacked_weights(model).items() if not any(name.startswith(f"{o}.") for o in apart)}
+    if not stacked:
+        return []
+    names, count = list(stacked), sum(weight.numel() for weight in stacked.values())
+    reach = names[0] + (f" to {names[-1]}" if len(names) > 1 else "")
+    note = (
+        f"{count:,} parameters of experts are not adapted and stay frozen: {len(names)} tensors hold several matrices each and are no "
+        f"linear layers ({reach})"
+    )
+    also = [pattern for pattern in recipe.targets.include if any(matches(pattern, name) for name in names)]
+    if also:
+        note += f"; {', '.join(map(repr, also))} among the targets names some of them, and reaches only the linear layers of that name"
+    return [note]
 
 
 def _rewriting_note(recipe: Recipe) -> str:

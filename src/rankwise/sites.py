@@ -404,7 +404,7 @@ def find_sites(model: nn.Module, targets: Targets, apart: tuple[str, ...] = ()) 
                         continue  # an expression may well cover containers
                     raise TargetError(
                         f"target {pattern!r} matches {name}, a {type(module).__name__}, which is no linear layer; "
-                        f"name the linear layers inside it{_inside(modules, name)}"
+                        f"{_instead(model, modules, name)}"
                     )
                 if hit and inside_attention(modules, name):
                     raise TargetError(
@@ -420,6 +420,8 @@ def find_sites(model: nn.Module, targets: Targets, apart: tuple[str, ...] = ()) 
                 found.setdefault(name, (module, pattern))
     for pattern, count in counts.items():
         if count == 0:
+            if named := [name for name in stacked_weights(model) if matches(pattern, name)]:
+                raise TargetError(f"target {pattern!r} matches {named[0]}, {_STACKED}; leave it out")
             raise TargetError(f"target {pattern!r} matches nothing{_near_misses(pattern, modules)}")
     for pattern in targets.exclude:
         if not any(matches(pattern, name) for name in modules):
@@ -451,16 +453,43 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, module in modules.items() if name and kind_of(module)})
 
 
-def _inside(modules: dict[str, nn.Module], name: str) -> str:
+_STACKED = (
+    "which holds the matrices of several experts in one tensor and is no linear layer: no adapter can act there (modules_to_save trains "
+    "the module around it in full)"
+)
+
+
+def stacked_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Path -> parameter (experts, ., .) of what holds several matrices in one tensor, as mixtures of experts do: no linear layer, no site.
+
+    Shapes say it, in any model: three sides, each longer than one (position embeddings have a side of one), outside of modules that are
+    known to hold such a tensor for another reason (convolutions, bilinear layers).
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Bilinear | nn.modules.conv._ConvNd) or kind_of(module):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
+
+
+def _instead(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str:
+    """What to do about a target that is no linear layer."""
     inside = sorted({path.rpartition(".")[2] for path, module in modules.items() if path.startswith(name + ".") and kind_of(module)})
-    return f": {', '.join(inside)}" if inside else ""
+    if inside:
+        return f"name the linear layers inside it: {', '.join(inside)}"
+    if stacked := [path for path in stacked_weights(model) if path.startswith(name + ".")]:
+        return f"it holds {stacked[0]}, {_STACKED}; leave it out"
+    return "there is none inside it either; leave it out, or train it in full with modules_to_save"
 
 
 def _near_misses(pattern: str, modules: dict[str, nn.Module]) -> str:
     names = _linear_names(modules)
     last = pattern.removeprefix("re:").rpartition(".")[2]
     clause = nearest(last, names) or nearest(pattern, names)
-    return f"{clause} The model's linear layers are named: {', '.join(names) or 'none'}"
+    return f"{clause or '.'} The model's linear layers are named: {', '.join(names) or 'none'}"
 
 
 def group_of(name: str) -> str:
