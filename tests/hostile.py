@@ -16,6 +16,7 @@ import struct
 import sys
 import tempfile
 import warnings
+# ruff: noqa: E501 (lists of odd values)
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ def _broken_json(below: Below, text: str) -> str:
             '{"a": ' * deep + "1" + "}" * deep,
             "[" * deep,
             text.replace(": ", ": " + "[" * deep + "]" * deep + ', "x": ', 1),
-            text.replace(": ", f": {'9' * 5000}, \"x\": ", 1),
+            text.replace(": ", f': {"9" * 5000}, "x": ', 1),
             text.replace(": ", ': -1e999, "x": ', 1),
             "\ufeff" + text,
             text + text,
@@ -279,7 +280,9 @@ def mutate_bytes(below: Below, data: bytes) -> bytes:
         elif kind == 1:
             del made[at : at + 1 + below(16)]
         elif kind == 2:
-            made[at:at] = any_of(below, (b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\n", b'"', b"{", b"\r", b"\\ud800", b"NaN", b": ", b"\t"))
+            made[at:at] = any_of(
+                below, (b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\n", b'"', b"{", b"\r", b"\\ud800", b"NaN", b": ", b"\t")
+            )
         elif kind == 3:
             made = made[:at]
         else:
@@ -295,26 +298,85 @@ def mutate_safetensors(below: Below, content: bytes) -> bytes:
     if kind == 0:
         return mutate_bytes(below, content)
     if kind == 1:  # the length of the header alone
-        forged = any_of(below, (0, 1, length - 1, length + 1, len(content), 100_000_000, 100_000_001, 2**31, 2**32, 2**62, 2**63, 2**64 - 1))
+        forged = any_of(
+            below, (0, 1, length - 1, length + 1, len(content), 100_000_000, 100_000_001, 2**31, 2**32, 2**62, 2**63, 2**64 - 1)
+        )
         return struct.pack("<Q", forged) + content[8:]
     names = [name for name in header if name != "__metadata__"]
     name = any_of(below, names)
     about = header[name]
     if kind == 2:
-        about["shape"] = any_of(below, ([], [0], [2**40, 2**40], [2**63], [2**64], [-1], [1.5], ["x"], None, [1] * 1000, about["shape"][::-1], [*about["shape"], 1]))
+        about["shape"] = any_of(
+            below,
+            ([], [0], [2**40, 2**40], [2**63], [2**64], [-1], [1.5], ["x"], None, [1] * 1000, about["shape"][::-1], [*about["shape"], 1]),
+        )
     elif kind == 3:
         begin, end = about["data_offsets"]
         about["data_offsets"] = any_of(
-            below, ([end, begin], [begin, end + 4], [begin - 4, end], [0, 2**64 - 1], [2**63, 2**64], [-4, 0], [begin], [], None, [0, 0], [begin, 10**18])
+            below,
+            (
+                [end, begin],
+                [begin, end + 4],
+                [begin - 4, end],
+                [0, 2**64 - 1],
+                [2**63, 2**64],
+                [-4, 0],
+                [begin],
+                [],
+                None,
+                [0, 0],
+                [begin, 10**18],
+            ),
         )
     elif kind == 4:
-        about["dtype"] = any_of(below, ("F64", "F16", "BF16", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "BOOL", "U8", "object", "", None, 3))
+        about["dtype"] = any_of(
+            below,
+            (
+                "F64",
+                "F16",
+                "BF16",
+                "I32",
+                "U32",
+                "F8_E4M3",
+                "F8_E5M2",
+                "F8_E8M0",
+                "F4",
+                "F6_E2M3",
+                "C64",
+                "BOOL",
+                "U8",
+                "object",
+                "",
+                None,
+                3,
+            ),
+        )
     elif kind == 5:
         size = about["data_offsets"][1] - about["data_offsets"][0]
-        dtype, width = any_of(below, (("F64", 8), ("BF16", 2), ("I32", 4), ("U32", 4), ("I64", 8), ("C64", 8), ("U8", 1), ("BOOL", 1), ("F8_E4M3", 1), ("F8_E8M0", 1), ("U64", 8)))
+        dtype, width = any_of(
+            below,
+            (
+                ("F64", 8),
+                ("BF16", 2),
+                ("I32", 4),
+                ("U32", 4),
+                ("I64", 8),
+                ("C64", 8),
+                ("U8", 1),
+                ("BOOL", 1),
+                ("F8_E4M3", 1),
+                ("F8_E8M0", 1),
+                ("U64", 8),
+            ),
+        )
         return _retyped(header, data, name, dtype, size // 4 * width)
     elif kind == 6:
-        header[any_of(below, (name + "x", "../../x", "", "\x00", "base_model.model.", "x" * 5000, name.replace("q_proj", "k_proj"), "__metadata__"))] = header.pop(name)
+        header[
+            any_of(
+                below,
+                (name + "x", "../../x", "", "\x00", "base_model.model.", "x" * 5000, name.replace("q_proj", "k_proj"), "__metadata__"),
+            )
+        ] = header.pop(name)
     elif kind == 7:
         header["__metadata__"] = any_of(below, (None, 3, {"format": 3}, {"format": "tf"}, {"x" * 5000: "y"}, [], "pt"))
     elif kind == 8:
@@ -378,7 +440,9 @@ def mutate_yaml(below: Below, content: bytes) -> bytes:
         plain = yaml.safe_load(content)
         path = any_of(below, paths_of(plain)[1:])
         if kind == 0 and below(3) == 0:
-            name = any_of(below, (None, 1, 1.5, True, "name", "update", "init", "schedule", "storage", "x", "tasks", "lr", "", "gain", "routing"))
+            name = any_of(
+                below, (None, 1, 1.5, True, "name", "update", "init", "schedule", "storage", "x", "tasks", "lr", "", "gain", "routing")
+            )
             _changed(plain, path, lambda holder, key: holder.update({name: any_of(below, VALUES)}) if isinstance(holder, dict) else None)
         else:
             new = copy.deepcopy(any_of(below, VALUES))
@@ -396,7 +460,9 @@ def mutate_yaml(below: Below, content: bytes) -> bytes:
         text = bomb + text if below(2) else text + bomb
     elif kind == 4:
         deep = 50 * 10 ** below(3)
-        text += any_of(below, (f"x: {'[' * deep}", f"x: {'[' * deep}{']' * deep}\n", f"x: {'{a: ' * deep}1{'}' * deep}\n", "- " * deep, "? " * deep))
+        text += any_of(
+            below, (f"x: {'[' * deep}", f"x: {'[' * deep}{']' * deep}\n", f"x: {'{a: ' * deep}1{'}' * deep}\n", "- " * deep, "? " * deep)
+        )
     else:
         return mutate_bytes(below, content)
     return text.encode("utf-8", "surrogatepass")
