@@ -16,6 +16,7 @@ import struct
 import sys
 import tempfile
 import warnings
+
 # ruff: noqa: E501 (lists of odd values)
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,6 +1,7 @@
 """load: an adapter folder, ours or PEFT's, onto a base. Everything is checked before the base is touched; nothing is ever unpickled."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -267,6 +268,10 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
         )
     try:
         found = understand(config, base, tensors)
+    except re.error as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {error.pattern!r} is not a valid regular expression: {error}; write it as PEFT does"
+        ) from error
     except (TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
     made = plan(base, found.recipe).resized(found.ranks)

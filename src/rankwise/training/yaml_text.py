@@ -42,7 +42,13 @@ def parse_yaml(text: str, where: str) -> Any:
         return plain
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply; a configuration has a handful of levels") from None
-    except ValueError as error:  # a tag or a form that promises a number or a date and does not hold one
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # a tag or a form that promises a number or a date and does not hold one
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
