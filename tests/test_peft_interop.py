@@ -387,7 +387,7 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"use_dora": True}, r"lacks 4 tensors, such as .*lora_magnitude_vector"),
         ({"r": 0}, "rank=0 must be a whole number"),
         ({"r": "4"}, "rank='4' must be a whole number"),
-        ({"lora_alpha": "x"}, "adapter_config.json has a value of the wrong type"),
+        ({"lora_alpha": "x"}, "alpha='x' must be a finite number"),
         ({"rank_pattern": [2]}, "adapter_config.json has a value of the wrong type"),
         ({"modules_to_save": 3}, "adapter_config.json has a value of the wrong type"),
     ],

@@ -176,10 +176,18 @@ def _coerce(key: str, value: Any) -> Any:
     if key == "targets":
         return targets(value)
     if key == "frozen":
-        return frozenset(value)
+        return value if isinstance(value, frozenset) else frozenset(_listed(key, value))
     if key in ("modules_to_save", "lr_bracket"):
-        return tuple(value)
+        return tuple(_listed(key, value))
     return value
+
+
+def _listed(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise RecipeError(f"{key}={value!r} must be a list")
+    if key != "lr_bracket" and (odd := [item for item in value if not isinstance(item, str)]):
+        raise RecipeError(f"{key} holds {odd[0]!r}; give names as text")
+    return list(value)
 
 
 def targets(value: Any) -> Targets:
@@ -194,13 +202,20 @@ def targets(value: Any) -> Targets:
             if key not in known:
                 raise RecipeError(f"unknown key {key!r} under targets{nearest(str(key), known)}; use include, exclude, layers")
 
-        def patterns(given: Any) -> tuple[str, ...]:
-            return (given,) if isinstance(given, str) else tuple(given)
-
         layers = value.get("layers")
-        include = patterns(value.get("include", ("all-linear",)))
-        return Targets(include, patterns(value.get("exclude", ())), None if layers is None else str(layers))
-    return Targets(tuple(value))
+        if layers is not None and not isinstance(layers, str | int):
+            raise RecipeError(f"targets.layers={layers!r} must be a range such as '0-3,8'")
+        include = _patterns("targets.include", value.get("include", ("all-linear",)))
+        return Targets(include, _patterns("targets.exclude", value.get("exclude", ())), None if layers is None else str(layers))
+    return Targets(_patterns("targets", value))
+
+
+def _patterns(where: str, given: Any) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(each, str) for each in given):
+        raise RecipeError(f"{where}={given!r} must be a pattern or a list of patterns, such as ['q_proj', 'v_proj']")
+    return tuple(given)
 
 
 def choice(axis: str, value: Any) -> Any:
@@ -556,12 +571,41 @@ LEGALITY: tuple[Forbidden, ...] = (
 ROLES = frozenset({"down", "up", "core", "tail", "gate"})
 
 
+_LARGEST_RANK = 1 << 20  # above the width of any layer; products of larger ones would leave 64 bits
+
+
+def _check_types(recipe: Recipe) -> None:
+    """What a file may say wrongly: the fields that no annotation checks at run time."""
+    for label in ("rank_pattern", "alpha_pattern"):
+        patterns: Any = getattr(recipe, label)
+        if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise RecipeError(f"{label}={patterns!r} must map target patterns to numbers")
+    bracket: Any = recipe.lr_bracket
+    if not (isinstance(bracket, tuple) and len(bracket) == 2):
+        raise RecipeError(f"lr_bracket={bracket!r} must be two numbers")
+    numbers: dict[str, Any] = {"dropout": recipe.dropout, "lr": recipe.lr, "lr_bracket[0]": bracket[0], "lr_bracket[1]": bracket[1]}
+    numbers |= {"alpha": recipe.alpha} if recipe.alpha is not None else {}
+    numbers |= {f"alpha_pattern[{pattern!r}]": value for pattern, value in recipe.alpha_pattern.items()}
+    for label, value in numbers.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -1e30 < value < 1e30:
+            raise RecipeError(f"{label}={value!r} must be a finite number of ordinary size")
+    if not isinstance(recipe.name, str):
+        raise RecipeError(f"name={recipe.name!r} must be text")
+    if not isinstance(recipe.seed, int) or isinstance(recipe.seed, bool) or not -(2**63) <= recipe.seed < 2**63:
+        raise RecipeError(f"seed={recipe.seed!r} must be a whole number of at most 63 bits")
+    for label, rank in [("rank", recipe.rank), *((f"rank_pattern[{key!r}]", value) for key, value in recipe.rank_pattern.items())]:
+        if isinstance(rank, int) and rank > _LARGEST_RANK:
+            raise RecipeError(f"{label}={rank} is above {_LARGEST_RANK}; lower it")
+
+
 def check(recipe: Recipe) -> None:
-    """Raises RecipeError for numbers out of range and for every forbidden pair; warns where a pair is legal but pointless."""
+    """Raises RecipeError for values of the wrong type, numbers out of range and every forbidden pair; warns where a pair is legal but
+    pointless."""
+    _check_types(recipe)
     if not (isinstance(recipe.rank, int) and not isinstance(recipe.rank, bool) and recipe.rank >= 1):
         raise RecipeError(f"rank={recipe.rank!r} must be a whole number of at least 1")
     for pattern, rank in recipe.rank_pattern.items():
-        if not (isinstance(rank, int) and rank >= 1):
+        if not (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
             raise RecipeError(f"rank_pattern[{pattern!r}]={rank!r} must be a whole number of at least 1")
     for label, alpha in [("alpha", recipe.alpha), *((f"alpha_pattern[{key!r}]", value) for key, value in recipe.alpha_pattern.items())]:
         if alpha is not None and not alpha > 0:

@@ -356,7 +356,7 @@ def layer_range(text: str) -> set[int]:
     """'0-3,8' -> {0, 1, 2, 3, 8}."""
     numbers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise TargetError(f"layers={text!r}: {part.strip()!r} is no layer or range; write for example '0-3,8'")
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -368,7 +368,7 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise TargetError(f"target {pattern!r} is not a valid regular expression: {error}") from None
     return name == pattern or name.endswith("." + pattern)
 

@@ -1,6 +1,7 @@
 """load: an adapter folder, ours or PEFT's, onto a base. Everything is checked before the base is touched; nothing is ever unpickled."""
 
-import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from rankwise.adapting import Stored, build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
+from rankwise.checkpoint.json_text import read_object
 from rankwise.checkpoint.peft_fields import DEFAULTS
 from rankwise.checkpoint.peft_layout import NATIVE, PREFIX, decode, gate_keys, is_stacked, pool_keys, shapes
 from rankwise.checkpoint.peft_reader import understand
@@ -64,13 +66,15 @@ def load(base: nn.Module, folder: str | Path, any_base: bool = False, tasks: int
     folder = Path(folder)
     recover(folder)
     _check_folder(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     tensors = _read_tensors(folder)
     with _explained(folder):
-        opened = _open_own(base, folder, config, tensors, any_base) if (folder / NATIVE_FILE).exists() else None
+        opened = _open_own(base, folder, config, tensors, any_base) if os.path.lexists(folder / NATIVE_FILE) else None
         opened = opened or _open_peft(base, folder, config, tensors)
         expected, heads, pool = _expected(base, opened)
         _check_tensors(opened, expected)
+        _check_unexpected(opened, expected)
+        _check_kinds(base, opened, heads)
     recipe, made = opened.recipe, opened.plan
     stored = {site.name: decode(site, recipe, opened.peft_type, opened.tensors) for site in made.sites}
     if tasks is not None:
@@ -125,20 +129,10 @@ def _check_folder(folder: Path) -> None:
             raise CheckpointError(f"{folder} holds no {name}: the adapter is incomplete; copy or save the whole folder again")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); copy or save the adapter again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(content).__name__}")
-    return content
-
-
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:  # also dtypes that torch lacks
         raise CheckpointError(
             f"{folder / WEIGHTS} is truncated or no safetensors file ({error}); copy or save the adapter again"
         ) from error
@@ -148,7 +142,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], any_base: bool) -> _Opened:
-    about = _read_json(folder / NATIVE_FILE)
+    about = read_object(folder / NATIVE_FILE)
     version = about.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -167,14 +161,14 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         )
     try:
         recipe = Recipe.from_dict(about["recipe"])
-    except (RecipeError, TypeError, AttributeError) as error:
+    except (RecipeError, TargetError) as error:
         raise CheckpointError(f"{folder / NATIVE_FILE}: {error}; it may come from a newer version of rankwise") from error
     start = None if not recipe.moves_base else "stacked" if is_stacked(recipe, peft_type) else "separate"
     if about["start"] != start:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about), about, folder / NATIVE_FILE)
+    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about, len(tensors)), about, folder / NATIVE_FILE)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -198,13 +192,18 @@ def _check_fields(path: Path, about: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} must be a {wanted}, and is {about[name]!r}; copy or save the adapter again")
     if not all(isinstance(site, dict) for site in about["sites"].values()):
         raise CheckpointError(f"{path}: sites must be a dict of dicts; copy or save the adapter again")
+    if not all(isinstance(name, str) for name in about["modules_to_save"]):
+        raise CheckpointError(f"{path}: modules_to_save={about['modules_to_save']!r} must be names; copy or save the adapter again")
 
 
-def _with_saved_ranks(made: Plan, about: Mapping[str, Any]) -> Plan:
-    """The plan with the ranks that a schedule has left, and the experts it has added; `_compare_plan` refuses any other difference."""
+def _with_saved_ranks(made: Plan, about: Mapping[str, Any], most: int) -> Plan:
+    """The plan with the ranks that a schedule has left, and the experts it has added, at most as many as there are tensors in the file;
+    `_compare_plan` refuses any other difference."""
     if made.recipe.update.grows:
         saved = {site.name: about["sites"].get(site.name, {}).get("experts", 1) for site in made.sites}
-        made = made.grown({site.name: count for site in made.sites if type(count := saved[site.name]) is int and count > site.experts})
+        made = made.grown(
+            {site.name: count for site in made.sites if type(count := saved[site.name]) is int and site.experts < count <= most}
+        )
     if not made.recipe.schedule.changes_ranks:
         return made
     saved = {site.name: about["sites"].get(site.name, {}).get("rank") for site in made.sites}
@@ -269,7 +268,11 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
         )
     try:
         found = understand(config, base, tensors)
-    except (TypeError, AttributeError) as error:
+    except re.error as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {error.pattern!r} is not a valid regular expression: {error}; write it as PEFT does"
+        ) from error
+    except (TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
     made = plan(base, found.recipe).resized(found.ranks)
     tensors = found.complete(base, made.sites)
@@ -294,6 +297,7 @@ def _expected(base: nn.Module, opened: _Opened) -> tuple[dict[str, tuple[int, ..
         state = base.get_submodule(name).state_dict()
         heads[name] = {key: f"{PREFIX}{name}.{key}" for key in state}
         expected |= {f"{PREFIX}{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    _check_tensors(opened, expected)  # before memory is taken for the pool, whose size follows from ranks that the file only claims
     pool: Any = shared_part(base, opened.recipe, opened.plan)
     if pool is not None:
         projections = pool.projections()
@@ -322,16 +326,36 @@ def _check_tensors(opened: _Opened, expected: Mapping[str, tuple[int, ...]]) -> 
     missing = [key for key in expected if key not in opened.tensors]
     if missing:
         raise CheckpointError(f"{file} lacks {len(missing)} tensors, such as {missing[0]}; copy or save the adapter again")
-    unexpected = [key for key in opened.tensors if key not in expected]
-    if unexpected:
-        raise CheckpointError(
-            f"{file} holds {len(unexpected)} tensors that nothing here takes, such as {unexpected[0]}; is it the right base?"
-        )
     for key, shape in expected.items():
         tensor = opened.tensors[key]
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{file}: {key} has shape {tuple(tensor.shape)}, and this base needs {shape}; load the base it was made for"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype in _FLOATS and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{file}: {key} is not finite; the run that wrote it had failed: take an earlier checkpoint")
+
+
+def _check_unexpected(opened: _Opened, expected: Mapping[str, tuple[int, ...]]) -> None:
+    file = opened.folder / WEIGHTS
+    unexpected = [key for key in opened.tensors if key not in expected]
+    if unexpected:
+        raise CheckpointError(
+            f"{file} holds {len(unexpected)} tensors that nothing here takes, such as {unexpected[0]}; is it the right base?"
+        )
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_kinds(base: nn.Module, opened: _Opened, heads: Mapping[str, Mapping[str, str]]) -> None:
+    """All tensors are floats of a kind that adapters are held in, but those of modules that hold others themselves."""
+    own = {full: base.get_submodule(name).state_dict()[key].dtype for name, keys in heads.items() for key, full in keys.items()}
+    for key, tensor in opened.tensors.items():
+        here = own.get(key, torch.float32)
+        if tensor.dtype != here and not (tensor.dtype in _FLOATS and here in _FLOATS):
+            raise CheckpointError(
+                f"{opened.folder / WEIGHTS}: {key} is {tensor.dtype}, and must be a float of 16, 32 or 64 bits"
+                + ("" if here in _FLOATS else f" or {here}")
+                + "; copy or save the adapter again"
+            )

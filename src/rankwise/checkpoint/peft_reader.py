@@ -32,7 +32,7 @@ from rankwise.checkpoint.peft_tensors import (
 from rankwise.errors import CheckpointError
 from rankwise.gains import Dora, NoGain
 from rankwise.inits import Kaiming, OLora, Own, Pissa
-from rankwise.recipe import Recipe, Targets
+from rankwise.recipe import Recipe, Targets, build_choice
 from rankwise.schedules import AdaLoraBudget
 from rankwise.sites import find_sites
 from rankwise.updates import LowRank, Site, Svd, Vera
@@ -140,15 +140,16 @@ def _adalora(fields: Mapping[str, Any], sites: Collection[str], common: dict[str
     """PEFT divides alpha by the initial rank plus 1e-5, before and after pruning; an alpha that is not above 0 stands for that rank."""
     rank = fields["init_r"]
     alpha = fields["lora_alpha"] if fields["lora_alpha"] > 0 else rank
-    schedule = AdaLoraBudget(
-        target_rank=min(fields["target_r"], rank),
-        tinit=fields["tinit"],
-        tfinal=fields["tfinal"],
-        interval=fields["deltaT"],
-        beta1=fields["beta1"],
-        beta2=fields["beta2"],
-        gamma=fields["orth_reg_weight"],
-    )
+    options = {
+        "target_rank": min(fields["target_r"], rank),
+        "tinit": fields["tinit"],
+        "tfinal": fields["tfinal"],
+        "interval": fields["deltaT"],
+        "beta1": fields["beta1"],
+        "beta2": fields["beta2"],
+        "gamma": fields["orth_reg_weight"],
+    }
+    schedule = build_choice(AdaLoraBudget, options, "adapter_config.json")
     recipe = Recipe(
         name="adalora",
         update=Svd("gaussian"),
@@ -178,7 +179,8 @@ def _kept_ranks(patterns: Mapping[str, Any], sites: Collection[str], rank: int) 
 
 
 def _vera(fields: Mapping[str, Any], sites: Collection[str], common: dict[str, Any]) -> tuple[Recipe, dict[str, int]]:
-    update = Vera(fields["d_initial"], fields["projection_prng_key"])
+    options = {"d_initial": fields["d_initial"], "seed": fields["projection_prng_key"]}
+    update = build_choice(Vera, options, "adapter_config.json")
     return Recipe(name="vera", update=update, init=Own(), rank=fields["r"], lr=4e-3, lr_bracket=(1e-3, 5e-2), **common), {}
 
 

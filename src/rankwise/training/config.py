@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rankwise.errors import ConfigError, nearest
-from rankwise.training.yaml_text import apply_override, copy_plain, parse_yaml
+from rankwise.training.yaml_text import LONGEST, apply_override, copy_plain, parse_yaml
 
 Task = Literal["completion", "chat", "text", "classification"]
 
@@ -114,7 +114,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
+        if path.is_file() and path.stat().st_size > 4 * LONGEST:  # bytes of the longest text
+            raise ConfigError(f"{path} has {path.stat().st_size} bytes, too many for a configuration; is it the right file?")
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason}, byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     plain = parse_yaml(text, str(path))
@@ -251,7 +255,7 @@ def resolve(config: Config) -> Any:
 
     options = dict(config.method)
     name = options.pop("name", "lora")
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigError(f"method={name!r} is unknown{unknown(str(name))}")
     given = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout, "targets": config.targets}
     for key, value in given.items():

@@ -78,8 +78,11 @@ def check_weights(folder: Path) -> None:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
+            outside = [name for name in names if name == ".." or Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
             raise ConfigError(f"{index} is broken; fetch the model again") from None
+        if outside:
+            raise ConfigError(f"{index} names {outside[0]!r}, which lies in another folder and is not opened; fetch the model again")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ConfigError(f"{folder} misses {len(missing)} of {len(names)} weight files, such as {missing[0]}; fetch the model again")

@@ -5,6 +5,7 @@ Every fault is a DataError that names the file and the line, because the reader 
 
 import difflib
 import gzip
+import io
 import json
 import re
 import zlib
@@ -18,6 +19,10 @@ from rankwise.errors import DataError
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 HELD_OUT = ("test", "valid", "validation", "dev", "eval")  # names of a split that is not trained on
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+
+
+_WHOLE = re.compile(r"-?[0-9]{1,18}")  # isdigit() takes digits that int() does not
+LARGEST_RATIO, ALWAYS_UNPACKED = 200, 256 << 20  # text is packed to a tenth or so; a bomb to a thousandth
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def types_of(rows: Rows, column: str) -> list[int]:
     found: list[int] = []
     for index, row in enumerate(rows.rows):
         value = row.get(column)
-        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
             value = int(value)
         if not isinstance(value, int):
             held = f"holds {value!r}" if column in row else f"is missing; the row has {', '.join(map(repr, row))}"
@@ -129,7 +134,7 @@ def _read_file(path: Path) -> Rows:
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
-            data = gzip.decompress(data)
+            data = _unpacked(data, path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -146,6 +151,18 @@ def _read_file(path: Path) -> Rows:
     return Rows(rows, str(path), lines)
 
 
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """The content of a .gz file, refused as soon as it grows past all that text can be packed to."""
+    most = max(ALWAYS_UNPACKED, LARGEST_RATIO * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        made = file.read(most + 1)
+    if len(made) > most:
+        raise DataError(
+            f"{path}: {len(data)} bytes unpack to more than {most}; if that is right, unpack the file yourself and name that one"
+        )
+    return made
+
+
 def _lines(data: bytes, path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every line that is not blank. Only a newline ends a line: U+2028 may stand inside a string."""
     for number, raw in enumerate(data.split(b"\n"), 1):
@@ -156,7 +173,7 @@ def _lines(data: bytes, path: Path) -> Iterator[tuple[int, Any]]:
 def _array(data: bytes, path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every element of one JSON array, read one by one so that each has its line number."""
     text = _text(data, path, 1)
-    decoder, at, closed = json.JSONDecoder(), text.index("[") + 1, False
+    decoder, at, closed = json.JSONDecoder(object_pairs_hook=_unique), text.index("[") + 1, False
     number, counted, first = 1, 0, True
     while not closed:
         at = _skip_blank(text, at)
@@ -198,7 +215,7 @@ def _text(raw: bytes, path: Path, number: int) -> str:
 
 def _value(text: str, path: Path, number: int) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         hint = ""
         if text.strip() in ("{", "["):
@@ -207,6 +224,14 @@ def _value(text: str, path: Path, number: int) -> Any:
     if "\\u" in text:
         _refuse_lone_surrogates(value, path, number)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object; remove one")
+    return found
 
 
 def _refuse_lone_surrogates(value: Any, path: Path, number: int) -> None:

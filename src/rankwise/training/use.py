@@ -1,6 +1,5 @@
 """A trained adapter in use: opened on its base, evaluated, asked to write, merged into a folder that other software loads."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from rankwise.adapting import has_base
+from rankwise.checkpoint.json_text import read_object
 from rankwise.errors import CheckpointError, ConfigError
 from rankwise.training.config import Config, make_config, task_configs
 from rankwise.training.folder import config_of, run_of
@@ -96,8 +96,13 @@ def _about(folder: Path, config: Config | None) -> dict[str, Any]:
     about: dict[str, Any] = {"model": None, "task": "text", "labels": None, "from_scratch": None, "seed": None}
     for name, keys in (("adapter_config.json", {"base_model_name_or_path": "model"}), ("training.json", {key: key for key in about})):
         if (folder / name).is_file():
-            stored = json.loads((folder / name).read_text(encoding="utf-8"))
+            stored = read_object(folder / name)
             about |= {mine: stored[theirs] for theirs, mine in keys.items() if stored.get(theirs)}
+    for key, kind in {"model": str, "task": str, "labels": list, "seed": int}.items():
+        if about[key] is not None and not isinstance(about[key], kind):
+            raise CheckpointError(
+                f"the adapter in {folder} has {key}={about[key]!r}, which is no {kind.__name__}; give the base with --model"
+            )
     if config is not None:
         about |= {"model": config.model, "task": config.task, "from_scratch": config.train.from_scratch}
     return about
@@ -278,5 +283,7 @@ def _base_logits(opened: Opened, batches: list[Any]) -> torch.Tensor:
         with rw.disabled(opened.model):
             return logits_on(opened.model, batches)
     except TargetError:
-        kind = next(opened.model.parameters()).dtype
-        return logits_on(load_model(str(opened.loaded.folder), opened.task, opened.labels, kind).model, batches)
+        kind, about = next(opened.model.parameters()).dtype, _about(opened.adapter, opened.config)
+        seed = opened.config.seed if opened.config else about["seed"] or 0
+        base = load_model(str(opened.loaded.folder), opened.task, opened.labels, kind, seed, bool(about["from_scratch"]))
+        return logits_on(base.model, batches)

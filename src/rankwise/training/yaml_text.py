@@ -5,6 +5,8 @@ from typing import Any
 
 from rankwise.errors import ConfigError
 
+LONGEST, MOST_VALUES = 1 << 20, 100_000  # characters of a configuration, and values in it once its aliases are followed
+
 # A scalar that is overridden at a deeper key becomes a mapping first: `method: lora` with method.ratio=8.
 _SCALAR_KEY = {"method": "name", "data": "train", "targets": "include"}
 
@@ -20,7 +22,9 @@ def parse_yaml(text: str, where: str) -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
-            for key_node, _ in node.value:
+            for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise ConfigError(f"{where}, line {key_node.start_mark.line + 1}: a key must be a plain word, not a list or a mapping")
                 key = self.construct_object(key_node, deep=True)
                 if key in seen:
                     raise ConfigError(f"{where}, line {key_node.start_mark.line + 1}: key {key!r} stands there twice; remove one")
@@ -28,15 +32,53 @@ def parse_yaml(text: str, where: str) -> Any:
             return super().construct_mapping(node, deep)
 
     # YAML 1.1 asks for a dot and a signed exponent, so that 1e-3 and 1e3 would be strings
-    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+    number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    if len(text) > LONGEST:
+        raise ConfigError(f"{where} has {len(text)} characters, and a configuration at most {LONGEST}; is it the right file?")
     try:
-        return yaml.load(text, Loader)
+        plain = yaml.load(text, Loader)
+        _size(plain, where)
+        return plain
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply; a configuration has a handful of levels") from None
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # a tag or a form that promises a number or a date and does not hold one
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def _size(value: Any, where: str) -> None:
+    """Refuses what aliases blow up: each is one object here, and as many as it stands for once it is copied."""
+    sizes: dict[int, int] = {}
+    open_: set[int] = set()
+
+    def of(part: Any) -> int:
+        if not isinstance(part, dict | list | tuple | set):
+            return 1
+        key = id(part)
+        if key in open_:
+            raise ConfigError(f"{where}: an alias (*name) stands inside the value that it repeats; write the value out")
+        if key not in sizes:
+            open_.add(key)
+            sizes[key] = 1 + sum(map(of, part.values() if isinstance(part, dict) else part))
+            open_.discard(key)
+            if sizes[key] > MOST_VALUES:
+                raise ConfigError(f"{where}: aliases (*name) stand for more than {MOST_VALUES} values; write the values out")
+        return sizes[key]
+
+    of(value)
 
 
 def copy_plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.equation import Factors
+from rankwise.errors import RecipeError
 from rankwise.updates.base import Part, Site, Slot, Update, UpdateChoice
 
 
@@ -125,6 +126,10 @@ class Vera(UpdateChoice):
     d_initial: float = 0.1
     seed: int = 0
     sharing: Literal["max-slice", "per-shape"] = "max-slice"
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**64:
+            raise RecipeError(f"seed={self.seed} of the pool must have at most 64 bits")
 
     def slots(self, site: Site) -> dict[str, Slot]:
         return {
