@@ -81,7 +81,8 @@ def by_atheris(fuzz: Fuzz, target: str, inputs: int, seed: int, output: Path | N
     @atheris.instrument_func
     def test(data: bytes) -> None:
         provider = atheris.FuzzedDataProvider(data)
-        tally.one(trial, lambda n: provider.ConsumeIntInRange(0, n - 1))
+        rest = random.Random(data)  # where the bytes end, choices follow from all of them
+        tally.one(trial, lambda n: provider.ConsumeIntInRange(0, n - 1) if provider.remaining_bytes() else rest.randrange(n))
         if tally.counts["inputs"] >= inputs:  # here, because libFuzzer leaves without Python's own end
             report([tally.result()], output, {"inputs": inputs, "seed": seed})
             fuzz.remove()
