@@ -11,6 +11,7 @@ number of its input. The exit code says whether a promise broke.
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -24,7 +25,10 @@ if "atheris" in sys.argv:  # coverage is of the modules that are imported here
     import atheris
 
     with atheris.instrument_imports(include=["rankwise"]):
-        pass
+        import hostile  # noqa: F401
+
+        import rankwise.training.config
+        import rankwise.training.shapes  # noqa: F401
 
 from hostile import Broken, Fuzz, bounded_memory
 
@@ -70,24 +74,21 @@ def _where(error: BaseException) -> str:
 
 def by_atheris(fuzz: Fuzz, target: str, inputs: int, seed: int, output: Path | None) -> None:
     """Runs one target under atheris, which ends the process."""
-    import atexit
-
     import atheris
 
     tally, trial = Tally(target, "atheris"), fuzz.trials()[target]
 
+    @atheris.instrument_func
     def test(data: bytes) -> None:
-        if tally.counts["inputs"] >= inputs:
-            return
         provider = atheris.FuzzedDataProvider(data)
-        tally.one(trial, lambda n: provider.ConsumeIntInRange(0, n - 1))
+        rest = random.Random(data)  # where the bytes end, choices follow from all of them
+        tally.one(trial, lambda n: provider.ConsumeIntInRange(0, n - 1) if provider.remaining_bytes() else rest.randrange(n))
+        if tally.counts["inputs"] >= inputs:  # here, because libFuzzer leaves without Python's own end
+            report([tally.result()], output, {"inputs": inputs, "seed": seed})
+            fuzz.remove()
+            os._exit(bool(tally.counts["broken"]))
 
-    def done() -> None:
-        report([tally.result()], output, {"inputs": inputs, "seed": seed})
-        fuzz.remove()
-
-    atexit.register(done)
-    atheris.Setup([sys.argv[0], f"-runs={inputs}", f"-seed={seed + 1}", "-max_len=512", "-rss_limit_mb=0", "-verbosity=0"], test)
+    atheris.Setup([sys.argv[0], "-runs=-1", f"-seed={seed + 1}", "-max_len=512", "-rss_limit_mb=0", "-verbosity=0"], test)
     atheris.Fuzz()
 
 
