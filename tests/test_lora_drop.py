@@ -688,7 +688,7 @@ def test_what_cannot_be_probed_is_refused_and_the_model_is_given_back() -> None:
         (deep(), recipe, [{"input_ids": b["input_ids"]}], "returned no loss.*labels"),
         (deep(), recipe, [b | {"labels": torch.full_like(b["labels"], -100)}], r"calibration\[0\] has no token with a loss"),
         (broken, recipe, [b], "the loss of the probe is nan at step 1"),
-        (overflowing, recipe.replace(lr=1e29), [b], "is not finite on the probe's batches|the loss of the probe is nan"),
+        (overflowing, recipe.replace(lr=1e29, alpha=1e20), [b], "is not finite on the probe's batches|the loss of the probe is nan"),
     ]
     for model, made, data, message in cases:
         weights = [p.detach().clone() for p in model.parameters()]
