@@ -530,3 +530,12 @@ def test_without_delta_no_column_is_needed(world: Path, tmp_path: Path) -> None:
     plain["method"] |= {"delta": 0.0}
     done = train(plain, console=silent_console())
     assert json.loads((done.run / "metrics.jsonl").read_text().splitlines()[0])["routing_balance"] > 0
+
+
+def test_more_experts_than_a_site_has_directions_are_noted() -> None:
+    def notes(experts: int) -> list[str]:
+        return [note for note in rw.plan(llama(), rw.recipes.loramoe(rank=4, experts=experts)).notes if "together exceed" in note]
+
+    assert not notes(8)  # 8 * 4 ranks fill the side of 32
+    assert "10 experts of rank 4" in notes(10)[0]
+    assert "40 above 32" in notes(10)[0]

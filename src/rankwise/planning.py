@@ -341,6 +341,13 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         notes.append("the gain leaves biases out, as everywhere here; the paper's Propulsion multiplies them too")
     if recipe.update.name == "vera" and recipe.lr < 1e-3:
         notes.append(f"lr={recipe.lr:g} is low for VeRA, whose vectors need 10 to 100 times LoRA's rate")
+    crowded = [site for site in sites if site.experts > 1 and site.width > min(site.in_features, site.out_features)]
+    if crowded:
+        first = crowded[0]
+        notes.append(
+            f"{first.experts} experts of rank {first.rank} together exceed the smaller side of {len(crowded)} sites, such as {first.name} "
+            f"({first.width} above {min(first.in_features, first.out_features)}): there they repeat each other; lower experts or rank"
+        )
     notes += _expert_notes(model, recipe, [name for name, _ in apart])
     base = _base_size(model, recipe, [name for name, _ in apart])
     notes += base.notes
