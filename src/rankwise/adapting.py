@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rankwise import lean
 from rankwise.calibration import beginnings
 from rankwise.context import Meter
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
+from rankwise.fused_loss import unfuse_loss
 from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
 from rankwise.planning import Plan, plan
@@ -141,6 +143,7 @@ def build(
         list(made.notes),
     )
     model.requires_grad_(False)
+    lean.install(model)
     shared = shared_part(model, recipe, made) if shared is None else shared
     prepare(model, recipe, made.held, (site.name for site in made.sites))
     modules = dict(model.named_modules())
@@ -561,6 +564,8 @@ def unadapt(model: nn.Module) -> nn.Module:
     for name, trained in trained_modules(model).items():
         _replace(model, name, trained.base_layer.to(trained.dtype))
     uninstall(model)
+    lean.uninstall(model)
+    unfuse_loss(model)
     _thaw(model, record)
     return model
 
