@@ -259,8 +259,17 @@ class TrainedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The trained weight, where other code reads one."""
-        return cast(Tensor, self.trained.weight)
+        """The weight that acts, where other code reads one (TRL's loss at the output head): the trained one, or the base's while off."""
+        return cast(Tensor, self._acting.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that acts, where other code reads one."""
+        return cast("Tensor | None", getattr(self._acting, "bias", None))
+
+    @property
+    def _acting(self) -> nn.Module:
+        return self.trained if self.enabled else self.base_layer
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -168,7 +168,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about, len(tensors)), about, folder / NATIVE_FILE)
+    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe, trained=True), about, len(tensors)), about, folder / NATIVE_FILE)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -274,7 +274,7 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
         ) from error
     except (TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
-    made = plan(base, found.recipe).resized(found.ranks)
+    made = plan(base, found.recipe, trained=True).resized(found.ranks)
     tensors = found.complete(base, made.sites)
     with_projections = peft_type == "VERA" and bool(config.get("save_projection", True))
     notes = (f"loaded from a folder of PEFT, {folder}", *found.notes)
