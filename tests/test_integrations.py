@@ -357,7 +357,7 @@ def sft(model: nn.Module, tokenizer: Any, folder: Path, optimizer: Any, **option
 
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"]])
 def test_trl_reads_the_heads_weight_past_an_adapter_and_that_is_refused(targets: list[str], tokenizer: Any, tmp_path: Path) -> None:
-    """At the first step, before anything has moved. A head that trains in full is read as it trains, and a plain Trainer's loss is right."""
+    """At the first step, before anything has moved. A head that trains in full is read as it trains; a plain Trainer's loss is right."""
     model = rw.adapt(speaking(tokenizer), rw.recipes.lora(rank=4, targets=targets))
     start = trained_values(model)
     with pytest.raises(TrainingError, match=r"reads the weight of lm_head past its adapter .*targets\.exclude"):
@@ -478,7 +478,7 @@ def test_checkpoints_of_trainer_resume_and_are_adapters(method: str, tmp_path: P
         assert torch.equal(logits(rw.load(named_base(tmp_path / "base"), folder), token_ids()), logits(models[0], token_ids()))
         kind = type(models[0])
         if method == "vera":  # which transformers does not take as an adapter
-            with pytest.raises(ValueError, match="does not support PeftType.VERA"):
+            with pytest.raises(ValueError, match=r"does not support PeftType\.VERA"):
                 kind.from_pretrained(folder)
             continue
         again, about = kind.from_pretrained(folder, output_loading_info=True)

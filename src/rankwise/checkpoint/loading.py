@@ -1,7 +1,6 @@
 """load: an adapter folder, ours or PEFT's, onto a base. Everything is checked before the base is touched; nothing is ever unpickled."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from rankwise.checkpoint.peft_reader import understand
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
 from rankwise.importance import Importance
+from rankwise.patterns import PatternError
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
 from rankwise.routing import Block
@@ -268,10 +268,8 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
         )
     try:
         found = understand(config, base, tensors)
-    except re.error as error:
-        raise CheckpointError(
-            f"{folder / CONFIG}: {error.pattern!r} is not a valid regular expression: {error}; write it as PEFT does"
-        ) from error
+    except PatternError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}; write it as PEFT does") from error
     except (TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
     made = plan(base, found.recipe, trained=True).resized(found.ranks)
