@@ -77,9 +77,7 @@ def _expression(text: str) -> Expression:
     copies = 1
     for _, low, high in _COUNTS.findall(text):
         if not low and not high:
-            raise PatternError(
-                f"the expression {text[:200]!r} has a brace that counts nothing; write {{n}} or {{n,m}}, or \\{{ for the sign"
-            )
+            raise PatternError(f"the expression {text[:200]!r} has a brace that counts nothing; write {{n,m}}, or \\{{ for the sign")
         copies *= max(1, int(low or 0), int(high or 0))
     if copies > MOST_COPIES:
         raise PatternError(f"the expression {text[:200]!r} repeats something {copies} times; at most {MOST_COPIES} are read")
