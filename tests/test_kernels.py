@@ -43,7 +43,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def test_fallen_positions_are_ascending_and_inside(numel: int, p: float, seed: int) -> None:
     found = fallen_positions(numel, p, seed)
     assert bool((found[1:] > found[:-1]).all())
-    assert not len(found) or (0 <= int(found[0]) and int(found[-1]) < numel)
+    assert not len(found) or (int(found[0]) >= 0 and int(found[-1]) < numel)
     assert torch.equal(found, fallen_positions(numel, p, seed))
 
 

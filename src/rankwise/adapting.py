@@ -16,6 +16,7 @@ from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
 from rankwise.fused_loss import unfuse_loss
+from rankwise.guarding import guard, unguard
 from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
 from rankwise.planning import Plan, plan
@@ -176,6 +177,7 @@ def build(
     if recipe.reads_context:
         install(model)
     model.rankwise = record  # type: ignore[assignment]
+    guard(model)
     return model
 
 
@@ -582,4 +584,5 @@ def _unfolded(module: AdaptedLinear, weight: Tensor) -> nn.Module:
 def _thaw(model: nn.Module, record: Adapted) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.trainable.get(name, False))
+    unguard(model)
     del model.rankwise

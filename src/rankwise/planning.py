@@ -252,12 +252,14 @@ def gate_parameters(recipe: Recipe, block: Block) -> int:
     return sum(slot.numel for slot in recipe.routing.slots(block).values() if slot.trains(recipe.frozen_roles))
 
 
-def plan(model: nn.Module, recipe: Recipe) -> Plan:
+def plan(model: nn.Module, recipe: Recipe, trained: bool = False) -> Plan:
     """What `adapt(model, recipe)` will do, without touching a tensor.
 
     Args:
         model: the base, on any device, `meta` included; not adapted yet.
         recipe: the recipe.
+        trained: the factors exist already, so a rank above a layer's smaller side is noted instead of refused: a folder whose ranks were
+            filled up with zeros computes what it should.
 
     Raises:
         TargetError: a pattern that matches nothing, a module that cannot be adapted, a shared module, a folded tied weight.
@@ -285,7 +287,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         asked, rank = rank, recipe.schedule.bound(rank, min(width_in, width_out))
         if rank < asked:
             notes.append(f"{name} takes rank {rank} instead of {asked}: schedule={recipe.schedule.name!r} leaves no more there")
-        if recipe.update.rank_bounded and rank > min(width_in, width_out):
+        if recipe.update.rank_bounded and rank > min(width_in, width_out) and trained:
+            notes.append(f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: it could be lower")
+        elif recipe.update.rank_bounded and rank > min(width_in, width_out):
             raise RecipeError(
                 f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: the extra factors would be redundant; "
                 f"lower the rank, set rank_pattern for this site, or exclude it"
