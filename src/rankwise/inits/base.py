@@ -73,6 +73,8 @@ class Init(ABC):
     name: ClassVar[str]
     #: the pair's product is not zero, so a start must be subtracted (base='keep') or folded into the base (base='fold')
     moves_base: ClassVar[bool] = False
+    #: the factor that starts at zero, 'down' or 'up'; empty where none does
+    zero: ClassVar[str] = ""
     #: the frozen weight must be read
     needs_weight: ClassVar[bool] = False
     #: the init makes no pair, because the update brings its own values

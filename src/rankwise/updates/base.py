@@ -139,6 +139,10 @@ class UpdateChoice(ABC):
     roles: ClassVar[frozenset[str]]
     #: whether the update brings its own starting values, so that an init has no say
     own_start: ClassVar[bool] = False
+    #: the role that stands at zero in this start, so that nothing moves while it is frozen; empty where none does
+    zero: ClassVar[str] = ""
+    #: whether sites may use one update together: not where they draw on one pool already, or there is no pair
+    shareable: ClassVar[bool] = True
     #: whether it can take the pair of an init that moves the base all the same
     absorbs_start: ClassVar[bool] = False
     #: PEFT's type whose files the slots fill, None where PEFT has no such method

@@ -118,6 +118,8 @@ class Vera(UpdateChoice):
     module: ClassVar[Any] = VeraUpdate
     roles: ClassVar[frozenset[str]] = frozenset({"core", "tail"})
     own_start: ClassVar[bool] = True
+    zero: ClassVar[str] = "tail"
+    shareable: ClassVar[bool] = False
     frozen: ClassVar[frozenset[str]] = frozenset({"down", "up"})
     scaled: ClassVar[bool] = False
     rank_bounded: ClassVar[bool] = False
