@@ -1,6 +1,6 @@
 """Which choices cannot be combined: each forbidden pair once, with its reason.
 
-Where a row can be said by what a choice declares about itself (`own_start`, `moves_base`, `zero`, `constant_core`, `calibration`, ...) it
+Where a row can be said by what a choice declares about itself (`own_start`, `moves_base`, `zero_role`, `constant_core`, `calibration`, ...) it
 is, so that a new value of an axis finds its rows already here. A row that names one choice is there for that choice alone.
 """
 
@@ -37,6 +37,10 @@ def _both(left: Rule, right: Rule) -> Rule:
 
 def _moves(recipe: "Recipe") -> bool:
     return recipe.init.moves_base
+
+
+def _nonzero(recipe: "Recipe") -> bool:
+    return recipe.init.nonzero
 
 
 def _named(known: Mapping[str, Any], declares: Callable[[Any], bool]) -> str:
@@ -88,9 +92,9 @@ LEGALITY: tuple[Forbidden, ...] = (
     ),
     Forbidden(
         "update=moslora with a mixer that is not orthogonal",
-        "an init that moves the base",
+        "an init whose pair is not zero",
         "the mixer must be absorbed by the pair without loss; use mixer='orthogonal' or 'identity'",
-        _both(lambda recipe: getattr(recipe.update, "mixer", "orthogonal") not in ("orthogonal", "identity"), _moves),
+        _both(lambda recipe: getattr(recipe.update, "mixer", "orthogonal") not in ("orthogonal", "identity"), _nonzero),
     ),
     Forbidden(
         "gradient=lora-fa",
@@ -131,8 +135,8 @@ LEGALITY: tuple[Forbidden, ...] = (
     Forbidden(
         "init=own with an update that starts with a role at zero",
         "that role frozen",
-        f"it would stay at zero ({', '.join(f'{name}: {choice.zero!r}' for name, choice in UPDATES.items() if choice.zero)}); unfreeze it",
-        lambda recipe: recipe.init.own and recipe.update.zero in recipe.frozen_roles,
+        f"it would stay at zero ({', '.join(f'{name}: {choice.zero_role!r}' for name, choice in UPDATES.items() if choice.zero_role)}); unfreeze it",
+        lambda recipe: recipe.init.own and recipe.update.zero_role in recipe.frozen_roles,
     ),
     Forbidden(
         "init=lora-ga",
@@ -153,16 +157,16 @@ LEGALITY: tuple[Forbidden, ...] = (
         lambda recipe: recipe.base == "fold" and recipe.dropout > 0,
     ),
     Forbidden(
-        f"an init with down = 0 ({_named(INITS, lambda init: init.zero == 'down')})",
+        f"an init with down = 0 ({_named(INITS, lambda init: init.zero_role == 'down')})",
         "down frozen",
         "`down` starts at zero and would stay there; use init='orthonormal' or 'kaiming'",
-        lambda recipe: recipe.init.zero == "down" and "down" in recipe.frozen_roles,
+        lambda recipe: recipe.init.zero_role == "down" and "down" in recipe.frozen_roles,
     ),
     Forbidden(
-        f"an init with up = 0 ({_named(INITS, lambda init: init.zero == 'up')})",
+        f"an init with up = 0 ({_named(INITS, lambda init: init.zero_role == 'up')})",
         "up frozen",
         "`up` starts at zero and would stay there; use init='random-up' or an init that moves the base",
-        lambda recipe: recipe.init.zero == "up" and "up" in recipe.frozen_roles,
+        lambda recipe: recipe.init.zero_role == "up" and "up" in recipe.frozen_roles,
     ),
     Forbidden(
         "an update whose core depends on the token",
@@ -274,9 +278,9 @@ LEGALITY: tuple[Forbidden, ...] = (
     ),
     Forbidden(
         "an update with experts",
-        "an init that moves the base",
+        "an init whose pair is not zero",
         "gates weigh the experts anew for each token, so their sum is never the start that was taken out; use init='kaiming'",
-        _both(_experts, _moves),
+        _both(_experts, _nonzero),
     ),
     Forbidden(
         "a routing with gates",
@@ -325,5 +329,17 @@ LEGALITY: tuple[Forbidden, ...] = (
         "gradient other than plain",
         "which side trains follows from the shape of each site, so rules for one role would treat layers differently; use gradient='plain'",
         _both(_is("update", "galore"), lambda recipe: recipe.gradient.name != "plain"),
+    ),
+    Forbidden(
+        "schedule=lora-drop",
+        "an init that distributes the ranks",
+        "sites can share one update only where they have one rank; use rho=1, or schedule='none'",
+        _both(_is("schedule", "lora-drop"), lambda recipe: recipe.init.distributes),
+    ),
+    Forbidden(
+        "update=am-lora",
+        "an init that needs calibration",
+        "every task begins a pair of its own, when the calibration data are gone; use init='kaiming'",
+        _both(_is("update", "am-lora"), lambda recipe: recipe.init.calibration is not None),
     ),
 )
