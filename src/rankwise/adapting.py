@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from rankwise.calibration import beginnings
 from rankwise.context import Meter
+from rankwise.distributing import distributed
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
 from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
-from rankwise.distributing import distributed
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe

@@ -1,6 +1,7 @@
 """Ranks that an init decides from real data, before anything is built: the plan is made anew with them as patterns of its recipe.
 
-So the recipe that is saved says itself which site has which rank: loading, resuming and exporting need to know nothing of how that was decided.
+So the recipe that is saved says itself which site has which rank: loading, resuming and exporting need to know nothing of how that was
+decided.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Which choices cannot be combined: each forbidden pair once, with its reason.
 
-Where a row can be said by what a choice declares about itself (`own_start`, `moves_base`, `zero_role`, `constant_core`, `calibration`, ...) it
-is, so that a new value of an axis finds its rows already here. A row that names one choice is there for that choice alone.
+Where a row can be said by what a choice declares about itself (`own_start`, `moves_base`, `zero_role`, `constant_core`, `calibration`,
+...) it is, so that a new value of an axis finds its rows already here. A row that names one choice is there for that choice alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -135,7 +135,8 @@ LEGALITY: tuple[Forbidden, ...] = (
     Forbidden(
         "init=own with an update that starts with a role at zero",
         "that role frozen",
-        f"it would stay at zero ({', '.join(f'{name}: {choice.zero_role!r}' for name, choice in UPDATES.items() if choice.zero_role)}); unfreeze it",
+        "it would stay at zero, and with it the whole update "
+        f"({', '.join(f'{name}: {choice.zero_role!r}' for name, choice in UPDATES.items() if choice.zero_role)}); unfreeze it",
         lambda recipe: recipe.init.own and recipe.update.zero_role in recipe.frozen_roles,
     ),
     Forbidden(

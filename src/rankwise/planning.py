@@ -535,7 +535,13 @@ def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
         return
     if recipe.schedule.rewrites_base:
         raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
-    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.moves_base or recipe.gradient.name == "lora-fa" or recipe.init.calibration:
+    if (
+        recipe.update.name != "lora"
+        or recipe.gain.name != "none"
+        or recipe.moves_base
+        or recipe.gradient.name == "lora-fa"
+        or recipe.init.calibration
+    ):
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
     if "down" in recipe.frozen_roles:
         raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")
