@@ -2,8 +2,9 @@
 
 usage: python tools/new_method.py NAME --axis init|update|gradient [--root FOLDER]
 
-NAME is that of the recipe and of the axis value, such as lora-ga. Written: src/rankwise/AXISs/NAME.py, tests/test_NAME.py; lines in the axis'
-__init__.py, recipes.py and methods.py. The page follows from `python tools/make_method_pages.py`. What to fill says docs/adding-a-method.md.
+NAME is that of the recipe and of the axis value, such as lora-ga. Written: src/rankwise/AXISs/NAME.py and tests/test_NAME.py; lines in the
+axis' __init__.py, recipes.py and methods.py. The page follows from `python tools/make_method_pages.py`. What to fill says
+docs/adding-a-method.md.
 """
 
 import argparse
