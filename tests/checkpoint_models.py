@@ -127,6 +127,7 @@ CASES: dict[str, tuple[str, Callable[[], Recipe], str]] = {
     "lora-ga": ("llama", _named("lora-ga"), "LORA"),
     "corda": ("llama", _named("corda"), "LORA"),
     "eva": ("llama", _named("eva"), "LORA"),
+    "lora-one": ("llama", _named("lora-one"), "LORA"),
     "dora on lora-one": ("llama", lambda: rw.recipes.lora_one(rank=4, gain="dora"), "LORA"),
     "randlora": ("llama", _named("randlora"), "RANKWISE"),
     "moslora": ("llama", _named("moslora"), "RANKWISE"),
