@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankwise import lean
 from rankwise.calibration import beginnings
 from rankwise.context import Meter
+from rankwise.distributing import distributed
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
@@ -85,6 +86,9 @@ def adapt(model: nn.Module, recipe: Recipe | Plan, calibration: Iterable[Mapping
     recipe = made.recipe
     batches = None if calibration is None else list(calibration)
     begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, batches)
+    if begun is not None and recipe.init.distributes:
+        made, begun = distributed(model, made, begun)
+        recipe = made.recipe
     warm: Mapping[str, Mapping[str, Tensor]] = {}
     if recipe.schedule.sample is not None and made.importance is None:
         allocation = recipe.schedule.allocate(model, made, batches, begun)
@@ -236,7 +240,7 @@ def _adapter(
         else:
             generator = site_generator(recipe.seed, site.name)
             if made is not None:
-                begun = made[site.name]
+                begun = stacked_beginnings([made[site.name]] * site.experts)
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
                 begun = stacked_beginnings([recipe.init.begin(site, weight, None, generator) for _ in range(site.experts)])
@@ -244,7 +248,7 @@ def _adapter(
                     begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
             down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
-            update.begin(down, up, recipe.init.moves_base, generator)
+            update.begin(down, up, recipe.init.nonzero, generator)
             if recipe.moves_base:
                 factors = update.factors()
                 # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
