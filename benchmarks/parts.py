@@ -3,8 +3,9 @@
     python -m benchmarks.parts --only nf4,clipping --threads 1
     python -m benchmarks.parts --small                  # every section on small shapes, a few minutes
 
-Each line is one contender of one section; contenders run in turns in one process, after their results were compared. `ratio` is the median over
-rounds of its time over that of the section's baseline in the same round; `target` is what issue and plan ask of it. The same script runs on a GPU.
+Each line is one contender of one section; contenders run in turns in one process, after their results were compared. `ratio` is the median
+over rounds of its time over that of the section's baseline in the same round, `difference` how far its result is from the reference, and
+`target` what it should reach. The same script runs on a GPU.
 """
 
 import argparse

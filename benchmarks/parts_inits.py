@@ -32,7 +32,8 @@ def once(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def inits(setting: Setting) -> Iterator[Row]:
-    """Starts at one layer, an exact SVD timed once, the others the best of 3; `difference` is 1 - overlap of the subspace with the exact one.
+    """Starts at one layer, an exact SVD timed once, the others the best of 3; `difference` is 1 - overlap with the exact subspace.
+
     The line of the 7B model is not run: it adds up 32 x (4 of 4096 x 4096 and 3 of 11008 x 4096) from the lines above it."""
     shapes = [(1024, 1024)] if setting.small else list(LAYER)
     whole = {"rankwise": 0.0, "PEFT": 0.0, "PEFT, pissa_niter_4": 0.0}

@@ -17,8 +17,10 @@ from benchmarks.parts_rows import Row, Setting, compared
 
 
 def galore(setting: Setting) -> Iterator[Row]:
-    """Every step of a whole refresh period (200; 20 in small), projection and AdamW, on the linear weights of one layer of a 350M model, after
-    a first step that is listed by itself; fp32, rank 256. `worst` is the slowest step of the period."""
+    """Every step of a whole refresh period (200; 20 in small), projection and AdamW, on the linear weights of one layer of a 350M model.
+
+    The first step is listed by itself. fp32, rank 256; `worst` is the slowest step of the period.
+    """
     from galore_torch import GaLoreAdamW
 
     from rankwise.galore import GaLore
@@ -351,5 +353,13 @@ def adalora(setting: Setting) -> Iterator[Row]:
         with torch.no_grad():
             running._orthogonalise()
 
+    def together(*calls: Callable[[], None]) -> Callable[[], None]:
+        return lambda: [call() for call in calls] and None
+
+    times = interleave(
+        {"rankwise": together(mine_step, mine_penalty), "PEFT": together(their_step, their_penalty)},
+        setting.repeats,
+    )
+    yield from setting.rows("adalora", f"both, {sites} sites", times, "PEFT", None, {"rankwise": "<= 0.5"})
     times = interleave({"rankwise": mine_penalty, "PEFT": their_penalty}, setting.repeats)
     yield from setting.rows("adalora", f"orthogonality and its gradient, {sites} sites", times, "PEFT", agreement, {"rankwise": "<= 0.5"})
