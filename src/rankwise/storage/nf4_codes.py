@@ -7,6 +7,7 @@ one). Blocks run over the flattened weight, row by row, 64 elements each, superb
 the high half. Every number is what bitsandbytes computes on a CPU, to the last bit, so that both read each other's checkpoints alike.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -115,12 +116,24 @@ def scales_of(held: Codes) -> Tensor:
     return blocks.mul(held.nested_absmax[:, None]).add_(held.offset).view(-1)[: len(levels)]
 
 
+@cache
+def _kernel() -> "Callable[[Tensor, Codes, int, torch.dtype], Tensor] | None":
+    """The same in one launch, where Triton is installed."""
+    try:
+        from rankwise.storage.nf4_triton import dequantize_into
+    except ImportError:
+        return None
+    return dequantize_into
+
+
 @torch.no_grad()
 def dequantize_into(out: Tensor, held: Codes, blocksize: int, dtype: torch.dtype) -> Tensor:
     """Writes the weight into a flat contiguous tensor (n,) of any floating-point dtype; made in fp32, rounded once to `dtype`.
 
     Nothing of the weight's size is allocated: the fp32 numbers between stand in one piece that is used again and again.
     """
+    if out.is_cuda and (kernel := _kernel()) is not None:
+        return kernel(out, held, blocksize, dtype)
     scales, pairs, n = scales_of(held), _pairs(held.codes.device), len(out)
     flat, piece = held.codes.view(-1), _AT_ONCE if out.device.type == "cpu" else _AT_ONCE_ELSEWHERE
     room = min(piece, n + n % 2) // 2
