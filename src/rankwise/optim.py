@@ -7,7 +7,7 @@ and TRL therefore behave alike, and none can forget an event.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -341,8 +341,3 @@ def _has_gradient(module: AdaptedLinear) -> bool:
         p.grad for part in (module.own_update, module.gain) if part is not None for p in part.parameters() if p.requires_grad
     ]
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
-
-
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Placeholder."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm, foreach=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.schedules.base import Change, Event, Moment, Running
+from rankwise.schedules.base import Change, Event, Moment, Running, all_finite
 
 if TYPE_CHECKING:
     from rankwise.schedules.adalora import AdaLoraBudget, Phases
@@ -100,7 +100,7 @@ class Allocator(Running):
         uncertainties = [self.uncertainties[name] for name in trained]
         weights = [p.detach().to(a.dtype) for p, a in zip(trained.values(), averages, strict=True)]
         gradients = [p.grad.to(a.dtype) for p, a in zip(trained.values(), averages, strict=True) if p.grad is not None]
-        if not _finite(gradients):
+        if not all_finite(gradients):
             return
         # on a CPU one tensor after another, so that it stays in the cache from its first operation to its last
         count = len(gradients)
@@ -174,15 +174,6 @@ class Allocator(Running):
 
     def report(self) -> dict[str, float]:
         return {"penalty": float(self.penalty), "budget": float(self.budget)}
-
-
-def _finite(tensors: list[Tensor]) -> bool:
-    """Whether all numbers are finite: by the sum of squares, read once, and only where that is not finite by the largest number."""
-    for kind in (2.0, float("inf")):
-        norms = _many._foreach_norm(tensors, kind)
-        if bool(torch.isfinite(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])).all()):
-            return True
-    return False
 
 
 def _is_parameter(tensor: Any) -> bool:
