@@ -269,7 +269,7 @@ def clipping(setting: Setting) -> Iterator[Row]:
 
 
 def _one_pass(parameters: list[nn.Parameter], bound: float) -> Tensor:
-    """Gradients are read for their norm, and read and written again only where it is above the bound (which a GPU would have to wait for)."""
+    """Gradients are read for their norm, and again only where it is above the bound, for which a GPU would have to wait."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     many: Any = torch
     norm = torch.linalg.vector_norm(torch.stack(many._foreach_norm(gradients)))
