@@ -80,10 +80,12 @@ def _krylov(weight: Tensor, rank: int, width: int, iterations: int, generator: t
     1504.05477, algorithm 2. A power iteration of as many products keeps the last block only: where the singular values fall slowly, as
     those of trained weights do, it finds a fraction of the subspace.
     """
+    wide = torch.float64 if weight.device.type != "mps" else weight.dtype
     sketch = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32).to(weight)
     basis = orthonormal(weight @ sketch)  # (out, k)
     seen = weight.T @ basis  # (in, k), W^T basis
-    leading: Tensor | None = None
+    gram = seen.T.to(wide) @ seen.to(wide)  # (k, k)
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # coordinates of the leading directions in the basis, ascending
     for _ in range(iterations):
         if basis.shape[1] + width > min(weight.shape):
             break
@@ -93,13 +95,16 @@ def _krylov(weight: Tensor, rank: int, width: int, iterations: int, generator: t
             break  # the weight has no further directions
         block = orthonormal(block)  # and once more: what is left of the old directions after one pass is rounding, after two nothing
         block = orthonormal(block - basis @ (basis.T @ block))
-        basis, seen = torch.cat([basis, block], 1), torch.cat([seen, weight.T @ block], 1)
-        wide = seen.double() if seen.device.type != "mps" else seen
-        now = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -rank:]  # coordinates of the leading directions in the basis
-        if leading is not None and float((leading.T @ now[: len(leading)]).square().sum()) > (1 - STANDS) * rank:
+        new = weight.T @ block
+        cross, corner = seen.T.to(wide) @ new.to(wide), new.T.to(wide) @ new.to(wide)
+        gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, corner], 1)])
+        basis, seen = torch.cat([basis, block], 1), torch.cat([seen, new], 1)
+        before, leading = leading, torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+        if float((before.T @ leading[: len(before)]).square().sum()) > (1 - STANDS) * rank:
             break
-        leading = now
-    return (basis @ torch.linalg.svd(seen.T, full_matrices=False).U)[:, :rank]
+    if weight.dtype == wide:  # whose Gram matrix would lose its smaller directions
+        return (basis @ torch.linalg.svd(seen.T, full_matrices=False).U)[:, :rank]
+    return basis @ leading.flip(1).to(basis)
 
 
 def smallest_directions(weight: Tensor, rank: int) -> Tensor:
