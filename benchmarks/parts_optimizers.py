@@ -262,7 +262,7 @@ def clipping(setting: Setting) -> Iterator[Row]:
                 after = flat.grad if "flat" in name else torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
                 found[name] = torch.cat([after, norm.reshape(1)])
             agreement = {name: compared(each, found["torch"]) for name, each in found.items()}
-            assert max(agreement.values()) < 1e-5, agreement
+            assert max(agreement.values()) < 1e-4, agreement  # one sum over 2 million squares in fp32 is that far off
             fill(model)
             what = f"clipping, {2 * sites} tensors, {'above' if bound < 1 else 'below'} the bound"
             yield from setting.rows("clipping", what, interleave(clips, setting.repeats), "torch", agreement)
