@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument("--small", action="store_true", help="small shapes and short periods, for a quick look")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--period", type=int, default=200, help="steps of GaLore's refresh period; its share of the mean depends on it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/parts.json"))
     options = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
         parser.error(f"unknown sections: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     allocator = tune_allocator()
     torch.set_num_threads(options.threads)
-    setting = Setting("cuda" if torch.cuda.is_available() else "cpu", options.small, options.repeats)
+    setting = Setting("cuda" if torch.cuda.is_available() else "cpu", options.small, options.repeats, options.period)
     before = machine()
     rows: list[Row] = []
     for name in names:

@@ -25,7 +25,7 @@ def galore(setting: Setting) -> Iterator[Row]:
 
     from rankwise.galore import GaLore
 
-    hidden, inner, rank, period = (256, 688, 64, 20) if setting.small else (1024, 2736, 256, 200)
+    hidden, inner, rank, period = (256, 688, 64, 20) if setting.small else (1024, 2736, 256, setting.period)
     shapes = 4 * [(hidden, hidden)] + 2 * [(inner, hidden)] + [(hidden, inner)]
     weights = [setting.randn(*shape) * 0.02 for shape in shapes]
     pool = [[_gradient(setting, *shape) for shape in shapes] for _ in range(3)]

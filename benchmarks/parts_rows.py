@@ -14,11 +14,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how much: the device, small shapes or those of the issue, timed rounds."""
+    """Where and how much: the device, small shapes or those of the issue, timed rounds, steps of GaLore's period."""
 
     device: str
     small: bool
     repeats: int
+    period: int = 200
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device)
