@@ -19,7 +19,7 @@ from rankwise.errors import CheckpointError, RecipeError, TrainingError
 from rankwise.resizing import resize
 from rankwise.schedules import AdaLoraBudget
 from rankwise.schedules.adalora import Phases
-from rankwise.schedules.allocator import orthogonality
+from rankwise.schedules.allocator import distances
 from rankwise.sites import adapted_sites
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -384,12 +384,30 @@ def test_the_penalty_and_its_gradient_equal_the_formulas(form: str) -> None:
 @pytest.mark.parametrize("form", ["fro_mean", "fro2_sum"])
 def test_orthonormal_matrices_have_no_penalty(form: str) -> None:
     exact = torch.eye(6, 3)[None]
-    value, gradient = orthogonality(exact, form)
+    value, factor = distances(exact.mT @ exact, form)
     assert not value.any()
-    assert not gradient.any()  # and no 0 / 0
-    value, gradient = orthogonality(1.1 * exact, form)
+    assert not (exact @ factor).any()  # and no 0 / 0
+    value, factor = distances(1.21 * exact.mT @ exact, form)
     assert value.any()
-    assert gradient.any()
+    assert (exact @ factor).any()
+
+
+def test_averages_over_large_numbers_and_none_that_are_not_finite() -> None:
+    """A step is left out by the numbers of its gradients, not by a sum of squares that overflows."""
+    model, optimizer = toy()
+    steps(model, optimizer, 0, 1)
+    sense = running(optimizer)
+    before = {name: tensor.clone() for name, tensor in sense.averages.items()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 1e25)
+    sense._sense()
+    for name, parameter in sense._trained().items():
+        torch.testing.assert_close(sense.averages[name], 0.85 * before[name] + 0.15 * (parameter * 1e25).abs(), rtol=1e-5, atol=0)
+    before = {name: tensor.clone() for name, tensor in sense.averages.items()}
+    next(iter(sense._trained().values())).grad.view(-1)[0] = float("nan")
+    sense._sense()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sense.averages.items())
 
 
 @pytest.mark.check("adalora", 7)

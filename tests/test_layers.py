@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src"
@@ -10,6 +11,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 def test_every_module_can_be_imported_first() -> None:
     """In a process each, but for the heavy libraries: a fork with torch loaded that imports one module."""
     names = [".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__") for path in sorted(SOURCE.rglob("*.py"))]
+    if find_spec("triton") is None:
+        names.remove("rankwise.storage.nf4_triton")  # asked for on a GPU only, and left alone where there is no Triton
     script = (
         "import os, sys, importlib, torch, transformers, trl\n"
         "failed = 0\n"

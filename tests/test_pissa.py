@@ -247,23 +247,56 @@ def test_first_gradients(base: str) -> None:
 @pytest.mark.parametrize("shape", [(512, 512), (256, 700), (700, 256)])
 def test_the_fast_path_captures_the_energy(shape: tuple[int, int]) -> None:
     weight, rank = matrix(*shape).float(), 32
-    u = largest_directions(weight, rank, "randomized", None, 2, site_generator(0, "proj"))
+    u = largest_directions(weight, rank, "randomized", site_generator(0, "proj"), rank, 2)
     best = torch.linalg.svdvals(weight)[:rank].square().sum()
     assert (u.T @ weight).square().sum() >= 0.999 * best
     torch.testing.assert_close(u.T @ u, torch.eye(rank), rtol=0, atol=1e-5)
-    exactly = largest_directions(weight, rank, "randomized", 0, 0, site_generator(0, "proj"))
+    exactly = largest_directions(weight, rank, "randomized", site_generator(0, "proj"), 0, 0)
     assert (exactly.T @ weight).square().sum() < 0.999 * best  # without oversampling and iterations it would not
 
 
-def test_auto_is_exact_for_small_and_randomized_for_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = []
-    plain = largest_directions
-    monkeypatch.setattr(
-        "rankwise.inits.spectral.largest_directions", lambda weight, rank, svd, *rest: ways.append(svd) or plain(weight, rank, svd, *rest)
-    )
-    begin(torch.randn(20, 1024), 4)
-    begin(torch.randn(1025, 1030), 4)
-    assert ways == ["exact", "randomized"]
+def slow_spectrum(out: int, wide: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Singular values falling like i^-0.2, slower than those of trained weights."""
+    generator, small = torch.Generator().manual_seed(4), min(out, wide)
+    left, right = (torch.linalg.qr(torch.randn(side, small, generator=generator).to(dtype)).Q for side in (out, wide))
+    return (left * torch.arange(1, small + 1).to(dtype) ** -0.2) @ right.T
+
+
+@pytest.mark.parametrize("shape", [(600, 600), (530, 901), (901, 530)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_krylov_space_finds_the_subspace_where_power_iterations_do_not(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, rank = slow_spectrum(*shape, dtype), 16
+    best = torch.linalg.svd(weight).U[:, :rank]
+    u = largest_directions(weight, rank, "randomized", site_generator(0, "proj"))
+    torch.testing.assert_close(u.T @ u, torch.eye(rank, dtype=dtype), rtol=0, atol=1e-5)
+    assert (best.T @ u).square().sum() >= 0.999 * rank
+
+    q = torch.linalg.qr(weight @ torch.randn(shape[1], 2 * rank, generator=site_generator(0, "proj")).to(weight)).Q
+    for _ in range(4):
+        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
+    power = q @ torch.linalg.svd(q.T @ weight).U[:, :rank]
+    assert (best.T @ power).square().sum() < 0.99 * rank
+
+
+def test_the_krylov_space_of_a_weight_of_low_rank() -> None:
+    generator = torch.Generator().manual_seed(5)
+    left, right = torch.randn(700, 5, generator=generator), torch.randn(5, 640, generator=generator)
+    u = largest_directions(left @ right, 8, "randomized", site_generator(0, "proj"))
+    torch.testing.assert_close(u.T @ u, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(u[:, :5] @ (u[:, :5].T @ left), left, rtol=0, atol=1e-3)
+    zero = largest_directions(torch.zeros(700, 640), 8, "randomized", site_generator(0, "proj"))
+    torch.testing.assert_close(zero.T @ zero, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def test_auto_is_exact_for_small_weights_and_where_the_rank_leaves_no_room() -> None:
+    for shape, rank in (((20, 1024), 4), ((512, 700), 16), ((520, 520), 130)):
+        weight, generator = slow_spectrum(*shape), site_generator(0, "proj")
+        state = generator.get_state()
+        assert torch.equal(largest_directions(weight, rank, "auto", generator), largest_directions(weight, rank, "exact", generator))
+        assert torch.equal(generator.get_state(), state)
+    generator = site_generator(0, "proj")
+    found = largest_directions(slow_spectrum(520, 600), 16, "auto", generator)
+    assert torch.equal(found, largest_directions(slow_spectrum(520, 600), 16, "randomized", site_generator(0, "proj")))
 
 
 @pytest.mark.parametrize("alpha", [4, 10])

@@ -106,7 +106,7 @@ def dora(norm_grad: Literal["detached", "full"] = "detached", **fields: Any) -> 
 
 
 def pissa(
-    svd: Literal["auto", "exact", "randomized"] = "auto", oversample: int | None = None, iterations: int = 4, **fields: Any
+    svd: Literal["auto", "exact", "randomized"] = "auto", oversample: int | None = None, iterations: int | None = None, **fields: Any
 ) -> Recipe:
     """PiSSA (Meng et al. 2024, arXiv 2404.02948): starts at the principal singular components. alpha = rank, as everywhere in the paper."""
     fields.setdefault("alpha", fields.get("rank", 16))

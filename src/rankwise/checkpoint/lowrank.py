@@ -66,7 +66,7 @@ def cut_pair(down: Tensor, up: Tensor, rank: int | None = None, energy: float | 
 
 
 def cut_dense(delta: Tensor, rank: int | None = None, energy: float | None = None, most: int = 512) -> Cut:
-    """The best pair for a dense change; a randomized range finder where both sides are larger than 1024.
+    """The best pair for a dense change; by a block Krylov space where both sides are larger than 1024.
 
     Args:
         delta: (out, in).
@@ -82,7 +82,7 @@ def cut_dense(delta: Tensor, rank: int | None = None, energy: float | None = Non
         return _finish(u, values, v, total, rank, energy)
     width = rank if energy is None else min(64, rank)
     while True:
-        u = largest_directions(wide, width, "randomized", None, 4, torch.Generator().manual_seed(0))  # (out, width)
+        u = largest_directions(wide, width, "randomized", torch.Generator().manual_seed(0))  # (out, width)
         inner, values, v = torch.linalg.svd(u.T @ wide, full_matrices=False)
         if width >= rank or float(values.double().square().sum()) >= (energy or 1.0) * total:
             return _finish(u @ inner, values, v, total, rank, energy)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rankwise.errors import CheckpointError, TrainingError
 from rankwise.gradients.equivalent import Pair, Steps, adjusted, spectra, wide
 from rankwise.gradients.moments import Betas, Moments, made
-from rankwise.schedules.base import Change, Event, Moment, Running
+from rankwise.schedules.base import Change, Event, Moment, Running, all_finite
 
 if TYPE_CHECKING:
     from rankwise.gradients.lora_pro import LoraPro
@@ -52,7 +52,7 @@ class Equivalent(Running):
         if not live:
             return None
         rates = _rates(moment.optimizer)
-        if not _finite(live):
+        if not all_finite([gradient for pair in live for gradient in pair.gradients.values()]):
             self.skipped = True
             if self.choice.direct:  # a raw gradient is no step: this one is left out
                 _many._foreach_zero_([gradient for pair in live for gradient in pair.gradients.values()])
@@ -191,11 +191,6 @@ def equivalent(up: Tensor, down: Tensor, h_up: Tensor | None, h_down: Tensor | N
 
 def _rates(optimizer: Optimizer) -> dict[int, float]:
     return {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _finite(pairs: Sequence[Pair]) -> bool:
-    norms = _many._foreach_norm([gradient for pair in pairs for gradient in pair.gradients.values()], float("inf"))
-    return bool(torch.isfinite(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])).all())
 
 
 def _alike(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:

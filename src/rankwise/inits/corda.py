@@ -30,7 +30,7 @@ class Corda(Init):
     damping: adds damping * (mean of C's diagonal) to the diagonal; the official code begins with 0.01.
     normalize: 'sample' divides the inputs of each row by the size of their largest value and C by the number of rows, as the official
         code does; 'none' is the paper's C, a mean over tokens.
-    svd: of 'ipm': 'exact', 'randomized', or 'auto': exact up to a smaller side of 1024, randomized above. 'kpm' is always exact, in fp64.
+    svd: of 'ipm': 'exact', 'randomized', or 'auto': exact up to a smaller side of 512, randomized above. 'kpm' is always exact, in fp64.
     calibration_rows: rows of the training data to take the covariance from.
     """
 
@@ -102,8 +102,7 @@ class Corda(Init):
             u = smallest_directions(m, rank)  # fp64: a full decomposition
             largest = torch.linalg.matrix_norm(m, 2)
         else:
-            svd = self.svd if self.svd != "auto" else "exact" if min(m.shape) <= 1024 else "randomized"
-            u = largest_directions(m, rank, svd, None, 4, generator)
+            u = largest_directions(m, rank, self.svd, generator)
             largest = (u.T @ m).norm(dim=1).max()
         s = (u.T @ m).norm(dim=1)
         return fix_signs(u).to(weight), s.to(weight), largest.to(weight)

@@ -32,7 +32,7 @@ class DeepFrames(Init):
     repo_exact: where the sides differ Q is no more than a partial isometry, and the official code's frame on the smaller side is not
         orthonormal (lengths of at most 1). True keeps it so; False makes both frames orthonormal.
     estimate: 'full' sums the whole gradient; 'sketch' only ever holds thin products of it, in two sweeps over the data.
-    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 1024, randomized above. The sketch is always decomposed exactly.
+    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 512, randomized above. The sketch is always decomposed exactly.
     calibration_rows: rows of the training data to take the gradient from; the official code takes one batch.
     """
 

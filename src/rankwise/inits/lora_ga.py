@@ -28,7 +28,7 @@ class LoraGa(Init):
     scale: c; 'stable' is out^(1/4) / sqrt(gamma), 'gd' is 1 / scaling, 'unit' is 1.
     gamma: of the stable scale; the larger, the smaller the start.
     estimate: 'full' sums the whole gradient; 'sketch' only ever holds thin products of it, in two sweeps over the data.
-    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 1024, randomized above. The sketch is always decomposed exactly.
+    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 512, randomized above. The sketch is always decomposed exactly.
     calibration_rows: rows of the training data to take the gradient from.
     """
 
@@ -91,8 +91,7 @@ def singular(statistics: Statistics, count: int, svd: str, generator: torch.Gene
     # the size of the loss must not reach the limits of the number format
     gradient = gradient / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
     if basis is None:
-        svd = svd if svd != "auto" else "exact" if min(gradient.shape) <= 1024 else "randomized"
-        basis = largest_directions(gradient, count, svd, None, 4, generator)
+        basis = largest_directions(gradient, count, svd, generator)
         gradient = basis.T @ gradient  # (count, in)
     u, s, vt = torch.linalg.svd(gradient, full_matrices=False)
     return fix_signs((basis @ u)[:, :count]), s[:count], fix_signs(vt[:count].T)

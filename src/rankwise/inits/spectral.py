@@ -17,7 +17,12 @@ from torch import Tensor
 
 from rankwise.errors import RecipeError
 from rankwise.inits.base import Beginning, Init, Statistics
+from rankwise.subspace import orthonormal
 from rankwise.updates import Site
+
+OVERSAMPLE, ITERATIONS = 8, 12
+EXACT_UP_TO = 512  # below that a full decomposition takes no more than a tenth of a second
+STANDS = 1e-3  # the share of the subspace that a further step changed
 
 
 def projected(weight: Tensor, u: Tensor, s: Tensor, scaling: float, balance: str) -> Beginning:
@@ -47,21 +52,59 @@ def fix_signs(u: Tensor) -> Tensor:
     return u * torch.where(largest < 0, -1.0, 1.0)
 
 
-def largest_directions(weight: Tensor, rank: int, svd: str, oversample: int | None, iterations: int, generator: torch.Generator) -> Tensor:
+def largest_directions(
+    weight: Tensor, rank: int, svd: str, generator: torch.Generator, oversample: int | None = None, iterations: int | None = None
+) -> Tensor:
     """The left singular vectors (out, rank) of the largest singular values.
 
-    'exact' is a full decomposition. 'randomized' is a range finder with `oversample` extra columns (default: rank) and power iterations,
-    orthonormalised in each half step: O(out in rank).
+    Args:
+        weight: (out, in), fp32 or fp64.
+        rank: how many.
+        svd: 'exact' is a full decomposition; 'randomized' a block Krylov space, O(out in rank) for each of its steps; 'auto' is exact up to
+            a smaller side of 512. Where fewer than four blocks fit into the smaller side, all three are exact.
+        generator: of the space's first block.
+        oversample: columns of a block beyond the rank; None means 8.
+        iterations: steps at most; it ends before when the subspace stands still. None means 12.
     """
-    if svd == "exact":
+    width = rank + (OVERSAMPLE if oversample is None else oversample)
+    small = min(weight.shape)
+    if svd == "exact" or 4 * width > small or (svd == "auto" and small <= EXACT_UP_TO):
         return torch.linalg.svd(weight, full_matrices=False).U[:, :rank]
-    width = min(rank + (rank if oversample is None else oversample), *weight.shape)
+    return _krylov(weight, rank, min(width, small), ITERATIONS if iterations is None else iterations, generator)
+
+
+def _krylov(weight: Tensor, rank: int, width: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Rayleigh-Ritz on the span of Q, W W^T Q, (W W^T)^2 Q, ... for a random Q (out, width), with every block orthogonal to all before it.
+
+    Musco and Musco 2015, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition", arXiv
+    1504.05477, algorithm 2. A power iteration of as many products keeps the last block only: where the singular values fall slowly, as
+    those of trained weights do, it finds a fraction of the subspace.
+    """
+    wide = torch.float64 if weight.device.type != "mps" else weight.dtype
     sketch = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32).to(weight)
-    q = torch.linalg.qr(weight @ sketch).Q  # (out, width)
+    basis = orthonormal(weight @ sketch)  # (out, k)
+    seen = weight.T @ basis  # (in, k), W^T basis
+    gram = seen.T.to(wide) @ seen.to(wide)  # (k, k)
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # coordinates of the leading directions in the basis, ascending
     for _ in range(iterations):
-        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
-    small = torch.linalg.svd(q.T @ weight, full_matrices=False).U  # (width, width)
-    return (q @ small)[:, :rank]
+        if basis.shape[1] + width > min(weight.shape):
+            break
+        product = weight @ seen[:, -width:]
+        block = product - basis @ (basis.T @ product)
+        if block.norm() <= 8 * torch.finfo(block.dtype).eps * product.norm():
+            break  # the weight has no further directions
+        block = orthonormal(block)  # and once more: what is left of the old directions after one pass is rounding, after two nothing
+        block = orthonormal(block - basis @ (basis.T @ block))
+        new = weight.T @ block
+        cross, corner = seen.T.to(wide) @ new.to(wide), new.T.to(wide) @ new.to(wide)
+        gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, corner], 1)])
+        basis, seen = torch.cat([basis, block], 1), torch.cat([seen, new], 1)
+        before, leading = leading, torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+        if float((before.T @ leading[: len(before)]).square().sum()) > (1 - STANDS) * rank:
+            break
+    if weight.dtype == wide:  # whose Gram matrix would lose its smaller directions
+        return (basis @ torch.linalg.svd(seen.T, full_matrices=False).U)[:, :rank]
+    return basis @ leading.flip(1).to(basis)
 
 
 def smallest_directions(weight: Tensor, rank: int) -> Tensor:
@@ -97,9 +140,9 @@ def _check_rank(site: Site) -> None:
 class Pissa(Init):
     """Principal singular components.
 
-    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 1024, randomized above.
-    oversample: extra columns of the range finder; None means as many as the rank (99.99% of the subspace at 4 iterations).
-    iterations: power iterations of the range finder.
+    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 512, randomized above.
+    oversample: extra columns of a block of the Krylov space; None means 8.
+    iterations: its steps at most; None means 12. It ends before where a step changes less than 1e-3 of the subspace.
     """
 
     name: ClassVar[str] = "pissa"
@@ -107,14 +150,13 @@ class Pissa(Init):
     needs_weight: ClassVar[bool] = True
     svd: Literal["auto", "exact", "randomized"] = "auto"
     oversample: int | None = None
-    iterations: int = 4
+    iterations: int | None = None
     balance: Literal["sqrt", "unit"] = "sqrt"
 
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         assert weight is not None
         weight = _exact(site, weight)
-        svd = self.svd if self.svd != "auto" else "exact" if min(weight.shape) <= 1024 else "randomized"
-        u = fix_signs(largest_directions(weight, site.rank, svd, self.oversample, self.iterations, generator))
+        u = fix_signs(largest_directions(weight, site.rank, self.svd, generator, self.oversample, self.iterations))
         return projected(weight, u, (u.T @ weight).norm(dim=1), site.scaling, self.balance)
 
 

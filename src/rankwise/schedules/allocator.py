@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.schedules.base import Change, Event, Moment, Running
+from rankwise.schedules.base import Change, Event, Moment, Running, all_finite
 
 if TYPE_CHECKING:
     from rankwise.schedules.adalora import AdaLoraBudget, Phases
@@ -66,23 +66,22 @@ class Allocator(Running):
     # --- the penalty -------------------------------------------------------------------------------------------------------------------
 
     def _orthogonalise(self) -> None:
-        """Adds the penalty's gradient to those of P and Q: batched over equal shapes, one product for the Gram matrices and one back."""
+        """Adds the penalty's gradient to those of P and Q: one product for each Gram matrix, and one that is added where it belongs."""
         if self.choice.gamma == 0:
             return
         updates = [module.update for module in self.sites.values()]
-        matrices = [(part, side) for part in updates for side in ("up", "down") if isinstance(getattr(part, side), nn.Parameter)]
-        shapes: dict[tuple[Any, ...], list[tuple[nn.Parameter, bool]]] = {}
-        for part, side in matrices:
-            matrix = getattr(part, side)
-            shapes.setdefault((matrix.shape, side, matrix.device, matrix.dtype), []).append((matrix, side == "down"))
+        matrices = [(matrix, side == "down") for part in updates for side in ("up", "down") if _is_parameter(matrix := getattr(part, side))]
+        alike: dict[tuple[Any, ...], list[tuple[nn.Parameter, bool]]] = {}
+        for matrix, wide in matrices:
+            alike.setdefault((matrix.shape[0 if wide else 1], matrix.device, matrix.dtype), []).append((matrix, wide))
+        scale = self.choice.gamma if self.choice.orthogonality == "fro2_sum" else self.choice.gamma / len(matrices)
         total: Tensor | float = 0.0
-        for group in shapes.values():
-            tall = torch.stack([matrix.T if wide else matrix for matrix, wide in group])  # (n, width, rank)
-            values, gradients = orthogonality(tall, self.choice.orthogonality)
-            scale = self.choice.gamma if self.choice.orthogonality == "fro2_sum" else self.choice.gamma / len(matrices)
-            for (matrix, wide), gradient in zip(group, gradients, strict=True):
+        for group in alike.values():
+            grams = torch.stack([matrix @ matrix.T if wide else matrix.T @ matrix for matrix, wide in group])  # (n, rank, rank)
+            values, factors = distances(grams, self.choice.orthogonality)
+            for (matrix, wide), factor in zip(group, factors, strict=True):
                 if matrix.grad is not None:  # a site that this step did not use stays where it is
-                    matrix.grad.add_(gradient.T if wide else gradient, alpha=scale)
+                    matrix.grad.addmm_(*((factor, matrix) if wide else (matrix, factor)), alpha=scale)
             total = total + scale * values.sum().cpu()
         self.penalty = total
 
@@ -101,27 +100,32 @@ class Allocator(Running):
         uncertainties = [self.uncertainties[name] for name in trained]
         weights = [p.detach().to(a.dtype) for p, a in zip(trained.values(), averages, strict=True)]
         gradients = [p.grad.to(a.dtype) for p, a in zip(trained.values(), averages, strict=True) if p.grad is not None]
-        now = _many._foreach_abs(_many._foreach_mul(weights, gradients))
-        norms = _many._foreach_norm(now, float("inf"))
-        if not bool(torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all()):
+        if not all_finite(gradients):
             return
-        _many._foreach_mul_(averages, self.choice.beta1)
-        _many._foreach_add_(averages, now, alpha=1 - self.choice.beta1)
-        _many._foreach_mul_(uncertainties, self.choice.beta2)
-        distance = _many._foreach_abs(_many._foreach_sub(now, averages))
-        _many._foreach_add_(uncertainties, distance, alpha=1 - self.choice.beta2)
+        # on a CPU one tensor after another, so that it stays in the cache from its first operation to its last
+        count = len(gradients)
+        size = 1 if averages[0].device.type == "cpu" else count
+        for first in range(0, count, size):
+            part = slice(first, first + size)
+            now = _many._foreach_mul(weights[part], gradients[part])
+            _many._foreach_abs_(now)
+            _many._foreach_lerp_(averages[part], now, 1 - self.choice.beta1)
+            _many._foreach_sub_(now, averages[part])
+            _many._foreach_abs_(now)
+            _many._foreach_lerp_(uncertainties[part], now, 1 - self.choice.beta2)
 
     def scores(self) -> dict[str, Tensor]:
         """Site -> importance of its triplets, (rank,), in fp32 or wider."""
         found: dict[str, Tensor] = {}
         for name, module in self.sites.items():
             lam = module.update.lam
-            score = torch.zeros(len(lam), device=lam.device, dtype=torch.promote_types(lam.dtype, torch.float32))
-            for slot, dim in (("lam", 1), ("up", 0), ("down", 1)):
-                key = f"{name}.{slot}"
-                if key in self.averages:
-                    score = score + (self.averages[key] * self.uncertainties[key]).mean(dim)
-            found[name] = score
+            parts = [
+                (self.averages[key] * self.uncertainties[key]).mean(dim)
+                for slot, dim in (("lam", 1), ("up", 0), ("down", 1))
+                if (key := f"{name}.{slot}") in self.averages
+            ]
+            wide = torch.promote_types(lam.dtype, torch.float32)
+            found[name] = sum(parts[1:], parts[0]) if parts else torch.zeros(len(lam), device=lam.device, dtype=wide)
         return found
 
     def _prune(self) -> dict[str, Tensor]:
@@ -172,19 +176,22 @@ class Allocator(Running):
         return {"penalty": float(self.penalty), "budget": float(self.budget)}
 
 
-def orthogonality(tall: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """Distance of the columns from orthonormal, and its gradient, in closed form.
+def _is_parameter(tensor: Any) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def distances(grams: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Distance of the columns of matrices M (width, rank) from orthonormal, and its gradient, in closed form.
 
     Args:
-        tall: (n, width, rank), n matrices M.
+        grams: (n, rank, rank), M^T M of n matrices.
         form: 'fro_mean' for ||M^T M - I||, 'fro2_sum' for its square.
 
     Returns:
-        (values (n,), gradients (n, width, rank)); where the value is zero the gradient is zero.
+        (values (n,), F (n, rank, rank)): the gradient is M F. Where the value is zero, so is F.
     """
-    off = tall.mT @ tall - torch.eye(tall.shape[-1], device=tall.device, dtype=tall.dtype)  # (n, rank, rank)
+    off = grams - torch.eye(grams.shape[-1], device=grams.device, dtype=grams.dtype)
     if form == "fro2_sum":
-        return off.square().sum((1, 2)), 4 * (tall @ off)
+        return off.square().sum((1, 2)), 4 * off
     norm = off.square().sum((1, 2)).sqrt()  # (n,)
-    tiny = torch.finfo(norm.dtype).tiny
-    return norm, 2 * (tall @ (off / norm.clamp_min(tiny)[:, None, None]))
+    return norm, 2 * (off / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None, None])

@@ -7,6 +7,7 @@ one). Blocks run over the flattened weight, row by row, 64 elements each, superb
 the high half. Every number is what bitsandbytes computes on a CPU, to the last bit, so that both read each other's checkpoints alike.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -14,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.eightbit import dynamic_map
+from rankwise.eightbit import Bins, bins_of, dynamic_map, nearest
 from rankwise.errors import RecipeError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SUPERBLOCK = 256  # scales to one fp32 number
 _TINY = 1e-38  # stands for the largest element of a block of zeros
 _BINS = 65536
-_AT_ONCE = 1 << 20  # elements dequantized at once: bounds the fp32 temporaries
+# elements dequantized at once: bounds the fp32 temporaries, which on a CPU stay in the cache
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 1 << 18, 1 << 24
 
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -47,9 +49,14 @@ def nf4_table(device: torch.device) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """(256, 2): the two levels that a byte stands for."""
+    """(256,) int64: the bits of the two fp32 levels that a byte stands for, so that one look-up of 8 bytes serves both."""
     table, byte = nf4_table(device), torch.arange(256, device=device)
-    return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
+    return torch.stack([table[byte >> 4], table[byte & 15]], dim=1).view(torch.int64).view(-1)
+
+
+@cache
+def _nf4_bins(device: torch.device) -> Bins:
+    return bins_of(nf4_table(device))
 
 
 @cache
@@ -82,8 +89,7 @@ def quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> 
         absmax = torch.cat([absmax, last[None]])
         scaled = torch.cat([scaled, flat[full:] / last])
     scaled = F.pad(scaled.clamp_(-1, 1), (0, len(scaled) % 2))
-    table = nf4_table(weight.device)
-    code = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+    code = nearest(scaled, _nf4_bins(weight.device))
     codes = (code[::2] << 4 | code[1::2])[:, None]
     if not double_quant:
         return Codes(codes, absmax)
@@ -105,21 +111,39 @@ def scales_of(held: Codes) -> Tensor:
     """The scale of each block, (blocks,) fp32."""
     if held.nested_absmax is None or held.offset is None:
         return held.absmax
-    levels = dynamic_map(held.absmax.device)[held.absmax.int()]
-    return levels * held.nested_absmax.repeat_interleave(SUPERBLOCK)[: len(levels)] + held.offset
+    levels = dynamic_map(held.absmax.device).index_select(0, held.absmax.int())
+    blocks = F.pad(levels, (0, -len(levels) % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    return blocks.mul(held.nested_absmax[:, None]).add_(held.offset).view(-1)[: len(levels)]
+
+
+@cache
+def _kernel() -> "Callable[[Tensor, Codes, int, torch.dtype], Tensor] | None":
+    """The same in one launch, where Triton is installed."""
+    try:
+        from rankwise.storage.nf4_triton import dequantize_into
+    except ImportError:
+        return None
+    return dequantize_into
 
 
 @torch.no_grad()
 def dequantize_into(out: Tensor, held: Codes, blocksize: int, dtype: torch.dtype) -> Tensor:
     """Writes the weight into a flat contiguous tensor (n,) of any floating-point dtype; made in fp32, rounded once to `dtype`.
 
-    Nothing of the weight's size is allocated: the fp32 numbers between stand in pieces of a million elements.
+    Nothing of the weight's size is allocated: the fp32 numbers between stand in one piece that is used again and again.
     """
+    if out.is_cuda and (kernel := _kernel()) is not None:
+        return kernel(out, held, blocksize, dtype)
     scales, pairs, n = scales_of(held), _pairs(held.codes.device), len(out)
-    flat = held.codes.view(-1)
-    for begin in range(0, n, _AT_ONCE):
-        end = min(begin + _AT_ONCE, n)
-        values = pairs[flat[begin // 2 : (end + 1) // 2].int()].view(-1)[: end - begin]
+    flat, piece = held.codes.view(-1), _AT_ONCE if out.device.type == "cpu" else _AT_ONCE_ELSEWHERE
+    room = min(piece, n + n % 2) // 2
+    index, memory = flat.new_empty(room, dtype=torch.int32), pairs.new_empty(room)
+    for begin in range(0, n, piece):
+        end = min(begin + piece, n)
+        codes = flat[begin // 2 : (end + 1) // 2]
+        byte, looked_up = index[: len(codes)].copy_(codes), memory[: len(codes)]
+        torch.index_select(pairs, 0, byte, out=looked_up)
+        values = looked_up.view(torch.float32)[: end - begin]
         full = (end - begin) // blocksize * blocksize
         first = begin // blocksize
         values[:full].view(-1, blocksize).mul_(scales[first : first + full // blocksize, None])
