@@ -1,105 +1,42 @@
-"""One training step of a low-rank method: rankwise, PEFT, full fine-tuning and the frozen floor, interleaved in one process.
+"""A training step of low-rank methods: rankwise, PEFT, full fine-tuning and the frozen floor, in turns in one process.
 
-    python -m benchmarks.train_step --shape 60M --method lora --dtype bf16
+    python -m benchmarks.train_step                                      # the table of docs/speed.md: 130M, bf16, 4 x 256 tokens
+    python -m benchmarks.train_step --shape 60M --cases lora,dora --rounds 5
+    python -m benchmarks.train_step --shape 7B --batch 2 --length 2048   # on a GPU
 
-The floor is the frozen base's own forward and input gradient: what no adapter can avoid. overhead = step / floor - 1.
-Before timing, loss and adapter gradients of rankwise are compared with PEFT's on the same weights, so that both sides are
-known to do the same work.
+The floor is the frozen base's own forward and input gradient: what no adapter can avoid. overhead = step / floor - 1, paired by round.
+Before anything is timed, rankwise's loss and adapter gradients are compared with PEFT's on the same factors (methods that PEFT does not
+have: with the plain form of the equation), so that both sides are known to do the same work. All contenders share the base's weights, the
+process, the allocator's setting and the batch. 'rankwise, adapters alone' leaves the norms, gated products and the loss as transformers
+has them; 'PEFT, base dtype' keeps its adapters in the base's dtype, as rankwise computes. AdaLoRA's and LoRA-FA's steps include clipping,
+the optimizer and their bookkeeping. Peak memory comes from a fresh process for each contender (--memory).
 """
 
 import argparse
-import copy
-import ctypes
 import gc
 import json
-import statistics
-import time
-from collections.abc import Callable
+import resource
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-SHAPES = {  # hidden, feed-forward, layers, heads, vocabulary
-    "tiny": (256, 688, 2, 4, 2048),
-    "60M": (512, 1376, 8, 8, 32000),
-    "130M": (768, 2048, 12, 12, 32000),
-    "350M": (1024, 2736, 24, 16, 32000),
-    "1B": (2048, 5461, 24, 32, 32000),
-    "7B": (4096, 11008, 32, 32, 32000),
-}
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from benchmarks.common import interleave, machine, ratio, spread, synchronize, table, tune_allocator, write_json
+from benchmarks.contenders import CASES, SHAPES, Case, Contender, agreement, base_model, floor, full, peft, rankwise
+
+LIMITS = {"fp32": {"loss": 1e-5, "gradient": 1e-3}, "bf16": {"loss": 5e-3, "gradient": 4e-2}}
+OURS, ALONE, DEFAULT, SAME = "rankwise", "rankwise, adapters alone", "PEFT", "PEFT, base dtype"
 
 
-def tune_allocator() -> None:
-    """Keeps glibc from unmapping large results after each operation; the same for all contenders."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    except OSError:
-        pass
-
-
-def base_model(shape: str, dtype: torch.dtype, device: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, inner, layers, heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM(config).to(dtype)
-
-
-def ours(model: nn.Module, method: str, rank: int, dropout: float) -> nn.Module:
-    import rankwise as rw
-
-    options: dict[str, Any] = {"rank": rank, "dropout": dropout, "targets": LINEARS}
-    return rw.fuse_loss(rw.adapt(model, rw.recipes.RECIPES[method](**options)))
-
-
-def peft(model: nn.Module, method: str, rank: int, dropout: float, upcast: bool) -> nn.Module:
-    from peft import LoraConfig, VeraConfig, get_peft_model
-
-    if method == "vera":
-        config: Any = VeraConfig(r=rank, vera_dropout=dropout, target_modules=LINEARS, save_projection=False)
-    else:
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=LINEARS, use_dora=method == "dora")
-    return get_peft_model(model, config, autocast_adapter_dtype=upcast)
-
-
-def copy_factors(source: nn.Module, target: nn.Module, method: str) -> None:
-    """Puts rankwise's factors into PEFT's modules, so that both compute the same function; `up` gets small random values first."""
-    from rankwise.sites import adapted_sites
-
-    modules = dict(target.named_modules())
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, site in adapted_sites(source).items():
-            layer: Any = modules[f"base_model.model.{name}"]
-            update: Any = site.update
-            if method == "vera":
-                update.b.copy_(torch.randn(update.b.shape, generator=generator) * 0.01)
-                layer.vera_lambda_b["default"].copy_(update.b)
-                layer.vera_lambda_d["default"].copy_(update.d)
-            else:
-                update.up.copy_(torch.randn(update.up.shape, generator=generator) * 0.01)
-                layer.lora_A["default"].weight.copy_(update.down)
-                layer.lora_B["default"].weight.copy_(update.up)
-
-
-def saved_bytes(step: Callable[[], Tensor], model: nn.Module) -> int:
+def saved_bytes(contender: Contender) -> int:
     """Bytes that one forward keeps for the backward, each storage once, parameters and buffers left out."""
+    model = contender.model
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
 
@@ -110,120 +47,246 @@ def saved_bytes(step: Callable[[], Tensor], model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step()
+        loss = model(**contender.call).loss
     total = sum(seen.values())
-    loss.backward()
+    del loss
     return total
 
 
-def compare(ours_model: nn.Module, peft_model: nn.Module, batch: dict[str, Tensor], method: str) -> dict[str, float]:
-    """Loss and gradient differences between the two, relative to PEFT's."""
-    from rankwise.sites import adapted_sites
+@contextmanager
+def plain_form() -> Iterator[None]:
+    """Within the block the equation runs in plain autograd."""
+    from rankwise import equation
 
-    losses = []
-    for model in (ours_model, peft_model):
-        model.zero_grad()
-        loss = model(**batch).loss
+    rule = equation.form_of
+    equation.form_of = lambda storage, x: "reference"
+    try:
+        yield
+    finally:
+        equation.form_of = rule
+
+
+def against_plain_form(contender: Contender) -> dict[str, float]:
+    """Loss and gradients of the fused form and of the plain one, relative."""
+    model = contender.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained:
+            if not bool(parameter.any()):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+
+    def gradients() -> tuple[float, list[Tensor | None]]:
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(2)
+        loss = model(**contender.call).loss
         loss.backward()
-        losses.append(float(loss.detach()))
-    modules = dict(peft_model.named_modules())
-    difference = norm = 0.0
-    for name, site in adapted_sites(ours_model).items():
-        layer: Any = modules[f"base_model.model.{name}"]
-        update: Any = site.update
-        pairs = (
-            [(update.b, layer.vera_lambda_b["default"]), (update.d, layer.vera_lambda_d["default"])]
-            if method == "vera"
-            else [(update.down, layer.lora_A["default"].weight), (update.up, layer.lora_B["default"].weight)]
+        return float(loss.detach()), [parameter.grad for parameter in trained]
+
+    fused, mine = gradients()
+    with plain_form():
+        plain, others = gradients()
+    both = [(a.float(), b.float()) for a, b in zip(mine, others, strict=True) if a is not None and b is not None]
+    difference = sum(float((a - b).square().sum()) for a, b in both)
+    return {"loss": abs(fused - plain) / plain, "gradient": (difference / sum(float(b.square().sum()) for _, b in both)) ** 0.5}
+
+
+def build(base: Any, batch: dict[str, Tensor], case: Case) -> dict[str, Contender]:
+    """The contenders of one case."""
+    made = {OURS: rankwise(base, batch, case), ALONE: rankwise(base, batch, case, alone=True)}
+    if not case.against and case is not CASES["lora-24"]:
+        made |= {DEFAULT: peft(base, batch, case, upcast=True), SAME: peft(base, batch, case, upcast=False)}
+    return made
+
+
+def checked(case: Case, contenders: dict[str, Contender], dtype: str) -> dict[str, float]:
+    """How far the two sides are from each other; an error if they do not do the same work. Dropout draws differ, so it is off here."""
+    for contender in contenders.values():
+        contender.model.eval() if case.dropout else contender.model.train()
+    if DEFAULT in contenders:
+        found = agreement(contenders[OURS], contenders[DEFAULT], case.method)
+    else:
+        found = against_plain_form(contenders[OURS])
+    for contender in contenders.values():
+        contender.model.train()
+    for what, limit in LIMITS[dtype].items():
+        if not found[what] < limit:
+            raise SystemExit(
+                f"{case.name}: {what} differs by {found[what]:.2g}, more than {limit:.2g}: the contenders do not do the same work"
+            )
+    return found
+
+
+def peak(options: argparse.Namespace, what: str, name: str) -> float:
+    """MiB above the loaded contender at the worst moment of two steps, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step", "--child", f"{what}:{name}", "--shape", options.shape]
+    command += ["--dtype", options.dtype, "--batch", str(options.batch), "--length", str(options.length), "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the memory of {name} ({what}) could not be measured:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def child(options: argparse.Namespace) -> None:
+    """Prints the peak of one contender."""
+    what, _, name = options.child.partition(":")
+    base, batch = prepared(options)
+    contender = {"floor": floor, "full": full}[what](base, batch) if what in ("floor", "full") else one(base, batch, CASES[what], name)
+    del base
+    gc.collect()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line).split()[1]) * 1024
+    for _ in range(2):
+        contender.step()
+    if cuda:
+        top = torch.cuda.max_memory_allocated()
+    else:
+        status = Path("/proc/self/status").read_text().splitlines()
+        known = next((line for line in status if "VmHWM" in line), None)
+        top = int(known.split()[1]) * 1024 if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print((top - before) / 2**20)
+
+
+def one(base: Any, batch: dict[str, Tensor], case: Case, name: str) -> Contender:
+    """One contender of a case by its name."""
+    if name in (OURS, ALONE):
+        return rankwise(base, batch, case, alone=name == ALONE)
+    return peft(base, batch, case, upcast=name == DEFAULT)
+
+
+def prepared(options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    """The base and its batch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = base_model(options.shape, {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype], device)
+    ids = torch.randint(0, SHAPES[options.shape][4], (options.batch, options.length), generator=torch.Generator().manual_seed(2)).to(device)
+    labels = ids.clone()
+    labels[:, : round(options.length * options.masked)] = -100
+    return base, {"input_ids": ids, "labels": labels}
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is printed and written."""
+    base, batch = prepared(options)
+    contenders: dict[str, Contender] = {"floor": floor(base, batch)}
+    if options.full:
+        contenders["full fine-tuning"] = full(base, batch)
+    agreements: dict[str, dict[str, float]] = {}
+    for key in options.cases:
+        made = build(base, batch, CASES[key])
+        agreements[key] = checked(CASES[key], made, options.dtype)
+        print(f"{CASES[key].name}: {'PEFT' if DEFAULT in made else 'the plain form'} agrees to {agreements[key]}", file=sys.stderr)
+        contenders |= {f"{key}: {name}": contender for name, contender in made.items()}
+    times = interleave({name: contender.step for name, contender in contenders.items()}, options.rounds, options.warmup)
+    rows = []
+    for name, contender in contenders.items():
+        case, _, who = name.partition(": ")
+        row: dict[str, Any] = {"case": case, "who": who or case, **spread(times[name])}
+        row["tokens/s"] = batch["input_ids"].numel() / row["ms"] * 1000
+        row["overhead"] = ratio(times[name], times["floor"]) - 1
+        contender.model.zero_grad(set_to_none=True)
+        row["saved MiB"] = saved_bytes(contender) / 2**20
+        synchronize()
+        if options.memory:
+            what = {"floor": "floor", "full fine-tuning": "full"}.get(name, case)
+            row["peak MiB"] = peak(options, what, who)
+        rows.append(row)
+    setting = {key: value for key, value in vars(options).items() if key not in ("output", "plot", "child")}
+    return {"setting": setting, "machine": machine(), "agreement": agreements, "rows": rows, "ratios": ratios(rows, times, options.cases)}
+
+
+def ratios(rows: list[dict[str, Any]], times: dict[str, list[float]], cases: list[str]) -> list[dict[str, Any]]:
+    """Ours over PEFT's, case by case."""
+    by_name = {(row["case"], row["who"]): row for row in rows}
+    found = []
+    for key in cases:
+        ours, alone = by_name[key, OURS], by_name[key, ALONE]
+        other = CASES[key].against
+        if other:
+            if (other, OURS) in by_name:
+                found.append({"case": key, "step / step of " + other: ratio(times[f"{key}: {OURS}"], times[f"{other}: {OURS}"])})
+            continue
+        if (key, DEFAULT) not in by_name:
+            continue
+        default, same = by_name[key, DEFAULT], by_name[key, SAME]
+        found.append(
+            {
+                "case": key,
+                "overhead / PEFT's": ours["overhead"] / default["overhead"],
+                "/ base dtype": ours["overhead"] / same["overhead"],
+                "alone / base dtype": alone["overhead"] / same["overhead"],
+                "step / PEFT's": ratio(times[f"{key}: {OURS}"], times[f"{key}: {DEFAULT}"]),
+                "saved / PEFT's": ours["saved MiB"] / default["saved MiB"],
+            }
         )
-        for mine, theirs in pairs:
-            difference += float((mine.grad.float() - theirs.grad.float()).square().sum())
-            norm += float(theirs.grad.float().square().sum())
-    return {"loss": abs(losses[0] - losses[1]) / losses[1], "gradient": (difference / norm) ** 0.5}
+    return found
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Overheads as bars, a group for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if row["case"] in result["setting"]["cases"]]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    colours = {OURS: "#1f6f8b", ALONE: "#8fc1d4", SAME: "#e0b084", DEFAULT: "#c0632b"}
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for place, (who, colour) in enumerate(colours.items()):
+        found = {row["case"]: 100 * row["overhead"] for row in rows if row["who"] == who}
+        axes.bar([cases.index(case) + (place - 1.5) * 0.2 for case in found], list(found.values()), 0.2, label=who, color=colour)
+    axes.set_xticks(range(len(cases)), cases, rotation=20)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_ylabel("% over the frozen base's step")
+    setting = result["setting"]
+    axes.set_title(
+        f"{setting['shape']}, {setting['dtype']}, {setting['batch']} x {setting['length']} tokens; {result['machine']['text']}", fontsize=9
+    )
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="60M")
-    parser.add_argument("--method", choices=["lora", "dora", "vera"], default="lora")
-    parser.add_argument("--rank", type=int, default=None, help="default 16, VeRA 256")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES, default="130M")
+    parser.add_argument("--cases", default=",".join(CASES), help=f"any of {', '.join(CASES)}")
+    parser.add_argument("--dtype", choices=LIMITS, default="bf16")
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--masked", type=float, default=0.0, help="share of the tokens, at the beginning, that carry no label")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true", help="time full fine-tuning too")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, a fresh process for each contender")
     parser.add_argument("--output", type=Path, default=None, help="write the result as JSON")
+    parser.add_argument("--plot", type=Path, default=None, help="draw the overheads as a PNG")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.cases = [name for name in options.cases.split(",") if name]
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown:
+        parser.error(f"--cases: {', '.join(unknown)} is none of {', '.join(CASES)}")
     tune_allocator()
     torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
-    rank = options.rank or (256 if options.method == "vera" else 16)
-
-    base = base_model(options.shape, dtype, device)
-    ids = torch.randint(0, SHAPES[options.shape][4], (options.batch, options.length), device=device)
-    batch = {"input_ids": ids, "labels": ids}
-    models = {"floor": copy.deepcopy(base).requires_grad_(False)}
-    if options.full:
-        models["full fine-tuning"] = copy.deepcopy(base)
-    models["rankwise"] = ours(copy.deepcopy(base), options.method, rank, options.dropout)
-    models["PEFT"] = peft(copy.deepcopy(base), options.method, rank, options.dropout, upcast=True)
-    models["PEFT, no upcast"] = peft(base, options.method, rank, options.dropout, upcast=False)
-    copy_factors(models["rankwise"], models["PEFT"], options.method)
-    copy_factors(models["rankwise"], models["PEFT, no upcast"], options.method)
-    embed = models["floor"].get_input_embeddings()  # type: ignore[operator]
-    embed.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    for model in models.values():
-        model.train()
-    check = None if options.dropout else compare(models["rankwise"], models["PEFT"], batch, options.method)
-
-    def step(model: nn.Module) -> float:
-        model.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        model(**batch).loss.backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(options.repeats + 1):
-        for name, model in models.items():
-            gc.collect()
-            seconds = step(model)
-            if repeat:  # the first round warms up
-                times[name].append(seconds)
-    rows = {}
-    for name, model in models.items():
-        ratios = [mine / floor - 1 for mine, floor in zip(times[name], times["floor"], strict=True)]
-        model.zero_grad(set_to_none=True)
-        rows[name] = {
-            "step_ms": 1000 * statistics.median(times[name]),
-            "p10_ms": 1000 * statistics.quantiles(times[name], n=10)[0],
-            "p90_ms": 1000 * statistics.quantiles(times[name], n=10)[-1],
-            "tokens_per_s": ids.numel() / statistics.median(times[name]),
-            "overhead": statistics.median(ratios),
-            "saved_mib": saved_bytes(lambda model=model: model(**batch).loss, model) / 2**20,
-        }
-    result = {
-        "setting": {key: str(value) for key, value in vars(options).items() if key != "output"} | {"rank": rank, "device": device},
-        "torch": torch.__version__,
-        "agreement with PEFT": check,
-        "rows": rows,
-    }
-    print(json.dumps({"setting": result["setting"], "agreement with PEFT": check}))
-    print(f"{'':18s}{'step ms':>10s}{'p10':>9s}{'p90':>9s}{'tokens/s':>10s}{'overhead':>10s}{'saved MiB':>11s}")
-    for name, row in rows.items():
-        print(
-            f"{name:18s}{row['step_ms']:10.1f}{row['p10_ms']:9.1f}{row['p90_ms']:9.1f}{row['tokens_per_s']:10.0f}"
-            f"{row['overhead']:10.3f}{row['saved_mib']:11.1f}"
-        )
+    if options.child:
+        child(options)
+        return
+    result = measured(options)
+    print(json.dumps({"setting": result["setting"], "machine": result["machine"]["text"]}))
+    print(table(result["rows"]))
+    print()
+    print(table(result["ratios"]))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.output, result)
+    if options.plot:
+        plot(result, options.plot)
 
 
 if __name__ == "__main__":
