@@ -65,7 +65,7 @@ def ours(model: nn.Module, method: str, rank: int, dropout: float) -> nn.Module:
     import rankwise as rw
 
     options: dict[str, Any] = {"rank": rank, "dropout": dropout, "targets": LINEARS}
-    return rw.adapt(model, rw.recipes.RECIPES[method](**options))
+    return rw.fuse_loss(rw.adapt(model, rw.recipes.RECIPES[method](**options)))
 
 
 def peft(model: nn.Module, method: str, rank: int, dropout: float, upcast: bool) -> nn.Module:

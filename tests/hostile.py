@@ -498,7 +498,20 @@ def mutate_rows(below: Below, content: bytes) -> bytes:
     return b"[" + b",\n".join(lines) + b"]" if below(4) == 0 else b"\n".join(lines)
 
 
-# --- the five loaders -------------------------------------------------------------------------------------------------------------------
+def mutate_gguf(below: Below, content: bytes) -> bytes:
+    """A GGUF file with forged numbers (counts, lengths, types, offsets) in its header, or wrong bytes."""
+    if below(4) == 0:
+        return mutate_bytes(below, content)
+    made, wide = bytearray(content), below(2)
+    numbers = (0, 1, 2, 7, 8, 9, 10, 12, 13, 200, 2**16, 2**31, 2**32 - 1, 2**40, 2**60, 2**62, 2**63, 2**64 - 1)
+    for _ in range(1 + below(2)):
+        at = below(min(len(made), 3000) // 4) * 4 + below(4) * below(2) if below(3) else 4 + 4 * below(6)
+        number = any_of(below, numbers)
+        made[at : at + (8 if wide else 4)] = struct.pack("<Q", number) if wide else struct.pack("<I", number % 2**32)
+    return bytes(made)
+
+
+# --- the six loaders --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -511,6 +524,11 @@ class Fuzz:
         self.base = Base()
         self.adapters = valid_adapters(self.place / "valid")
         self.folder = self.place / "input"
+        from rankwise.checkpoint.gguf_lora import write_gguf
+
+        self.pairs = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 32), torch.ones(32, 2))}
+        write_gguf(self.place / "valid.gguf", self.base.original, self.pairs)
+        self.gguf = (self.place / "valid.gguf").read_bytes()
         for name in self.adapters:
             if (refusal := self._load(name, {})) is not None:
                 raise Broken(f"the unchanged adapter {name!r} is refused: {refusal}")
@@ -541,6 +559,15 @@ class Fuzz:
     def weights(self, below: Below) -> RankwiseError | None:
         name = any_of(below, list(self.adapters))
         return self._load(name, {"adapter_model.safetensors": mutate_safetensors(below, self.adapters[name]["adapter_model.safetensors"])})
+
+    def read_back(self, below: Below) -> RankwiseError | None:
+        """What the proof of `--format gguf-lora` reads; no command takes a GGUF file from anybody else."""
+        from rankwise.checkpoint.gguf_lora import read_gguf
+
+        path = self.place / "gguf" / "adapter.gguf"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(mutate_gguf(below, self.gguf))
+        return attempt(path.parent, lambda: read_gguf(path, self.base.original, self.pairs))
 
     def yaml(self, below: Below) -> RankwiseError | None:
         from rankwise.training.config import load_config, task_configs, to_yaml
@@ -582,4 +609,5 @@ class Fuzz:
             "adapter_model.safetensors": self.weights,
             "config.yaml": self.yaml,
             "rows.jsonl": self.rows,
+            "adapter.gguf": self.read_back,
         }

@@ -1,5 +1,6 @@
 """Exports: exact where the update is of low rank, measured where it is not, refused where it cannot be, and proven before they stand."""
 
+import copy
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from rankwise.checkpoint.gguf_lora import read_gguf, reordered
 from rankwise.checkpoint.lowrank import cut_dense, cut_pair
 from rankwise.checkpoint.servable import RANKS, dense_change
 from rankwise.checkpoint.served import as_served
-from rankwise.errors import CheckpointError, ConfigError, TargetError
+from rankwise.errors import CheckpointError, ConfigError, RecipeError, TargetError
 from rankwise.sites import adapted_sites
 from rankwise.training import exporting
 
@@ -68,6 +69,25 @@ def test_what_is_of_low_rank_is_exact_in_peft(case: str, tmp_path: Path) -> None
     # the model that was exported is as it was
     assert torch.equal(logits(model), before)
     assert all(torch.equal(mine, was) for mine, was in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_rank_filled_up_above_a_layers_side_loads_here_too(tmp_path: Path) -> None:
+    """The list of servers begins at 8 and goes up in steps; a layer may be narrower. Loaded, saved, loaded again."""
+    narrow = base()
+    model = rw.adapt(copy.deepcopy(narrow), rw.recipes.pissa(rank=20, rank_pattern={"k_proj": 4, "v_proj": 4}))
+    train(model)
+    before = logits(model)
+    rw.export(model, tmp_path / "out")
+    assert config_of(tmp_path / "out")["r"] == 32  # of q; k and v are 16 wide
+    again = rw.load(copy.deepcopy(narrow), tmp_path / "out")
+    assert relative(logits(again), before) < 1e-5
+    assert any("rank=32 at model.layers.0.self_attn.k_proj is larger than its smaller side 16" in note for note in again.rankwise.notes)
+    own = rw.load(copy.deepcopy(narrow), rw.save(again, tmp_path / "own"))
+    assert torch.equal(logits(own), logits(again))
+    with rw.disabled(again):
+        assert torch.equal(logits(again), logits(narrow))
+    with pytest.raises(RecipeError, match=r"rank=32 .* is larger than its smaller side"):
+        rw.adapt(narrow, rw.recipes.lora(rank=32))
 
 
 @pytest.mark.parametrize("case", DENSE)

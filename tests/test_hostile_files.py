@@ -19,8 +19,9 @@ from rankwise.errors import CheckpointError, ConfigError, DataError, RankwiseErr
 from rankwise.training.config import load_config
 from rankwise.training.models import check_weights
 from rankwise.training.rows import read_rows, types_of
+from rankwise.training.use import about_adapter
 
-TARGETS = ("adapter_config.json", "rankwise.json", "adapter_model.safetensors", "config.yaml", "rows.jsonl")
+TARGETS = ("adapter_config.json", "rankwise.json", "adapter_model.safetensors", "config.yaml", "rows.jsonl", "adapter.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +279,82 @@ def test_a_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatc
     assert _peak() - before < 50_000
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000))
     assert len(read_rows(path)) == 1000
+
+
+# --- what the commands read beside an adapter -------------------------------------------------------------------------------------------
+
+
+def beside(tmp_path: Path, name: str, content: bytes) -> Path:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "mine", "kind"),
+    [
+        ("adapter_config.json", "base_model_name_or_path", "model", "str"),
+        ("training.json", "model", "model", "str"),
+        ("training.json", "task", "task", "str"),
+        ("training.json", "labels", "labels", "list"),
+        ("training.json", "seed", "seed", "int"),
+    ],
+)
+@pytest.mark.parametrize("value", [1.5, {"a": 1}, ["x"], 7, "text", True])
+def test_a_wrong_type_beside_an_adapter_is_refused(file: str, key: str, mine: str, kind: str, value: Any, tmp_path: Path) -> None:
+    folder = beside(tmp_path, file, json.dumps({key: value}).encode())
+    if type(value).__name__ == kind:
+        assert about_adapter(folder)[mine] == value
+        return
+    with pytest.raises(CheckpointError) as caught:
+        about_adapter(folder)
+    assert f"has {mine}={value!r}, which is no {kind}; give the base with --model" in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [["a"]], [None]])
+def test_labels_that_are_no_names_are_refused(labels: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="which are no names of classes"):
+        about_adapter(beside(tmp_path, "training.json", json.dumps({"labels": labels}).encode()))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"{", b"\xff\xfe", b'{"task": "text", "task": "chat"}', b'{"seed": NaN}', b"[" * 9999])
+def test_a_broken_training_json_is_refused(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match=r"training\.json"):
+        about_adapter(beside(tmp_path, "training.json", content))
+
+
+@pytest.mark.parametrize("value", [None, "", [], 0, False])
+def test_what_is_empty_beside_an_adapter_says_nothing(value: Any, tmp_path: Path) -> None:
+    folder = beside(tmp_path, "training.json", json.dumps(dict.fromkeys(("model", "task", "labels", "seed"), value)).encode())
+    assert about_adapter(folder) == {"model": None, "task": "text", "labels": None, "from_scratch": None, "seed": None}
+
+
+@pytest.mark.parametrize("at", [8, 16, 24, 32])  # counts of tensors and of fields, lengths of the first name
+@pytest.mark.parametrize("number", [2**31, 2**40, 2**62, 2**64 - 1])
+def test_forged_numbers_in_a_gguf_take_no_time(fuzz: Fuzz, at: int, number: int) -> None:
+    from rankwise.checkpoint.gguf_lora import read_gguf
+
+    path = fuzz.place / "gguf" / "forged.gguf"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(fuzz.gguf[:at] + struct.pack("<Q", number) + fuzz.gguf[at + 8 :])
+    assert isinstance(attempt(path.parent, lambda: read_gguf(path, fuzz.base.original, fuzz.pairs)), CheckpointError)
+
+
+def test_an_endless_array_in_a_gguf_takes_no_time(fuzz: Fuzz) -> None:
+    """A field that announces 2^40 texts: the package reads past the end of the file for each."""
+    from rankwise.checkpoint.gguf_lora import read_gguf
+
+    path = fuzz.place / "gguf" / "endless.gguf"
+    path.parent.mkdir(exist_ok=True)
+    field = struct.pack("<Q", 1) + b"x" + struct.pack("<IIQ", 9, 8, 2**40)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    refusal = attempt(path.parent, lambda: read_gguf(path, fuzz.base.original, fuzz.pairs))
+    assert isinstance(refusal, CheckpointError)
+    assert "ends before what it announces" in str(refusal)
+
+
+def test_depth_of_yaml_is_refused_at_once(tmp_path: Path) -> None:
+    for deep in ("[" * 200_000, "x: " + "{a: " * 100_000, "- " * 200_000, "? " * 200_000):
+        path = tmp_path / "config.yaml"
+        path.write_text(deep)
+        assert "nested too deeply" in str(attempt(tmp_path, lambda path=path: load_config(path)))

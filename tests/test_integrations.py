@@ -1,6 +1,7 @@
 """The contract of docs/integrations.md: every family of models keeps every promise, and the tools around them take adapted models."""
 
 import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tiny_models import llama, logits, perturb, token_ids
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.errors import TargetError, TrainingError
+from rankwise.errors import CheckpointError, TargetError, TrainingError
 from rankwise.sites import adapted_sites, stacked_weights, trained_modules
 
 torch.set_num_threads(1)
@@ -344,19 +345,36 @@ def test_a_reference_is_the_base_whatever_forward_it_was_given() -> None:
     assert not torch.allclose(model.model(input_ids=ids).last_hidden_state, before, atol=1e-3)
 
 
-def test_trl_reads_the_heads_weight_past_an_adapter_and_that_is_said(tokenizer: Any, tmp_path: Path) -> None:
+def sft(model: nn.Module, tokenizer: Any, folder: Path, optimizer: Any, **options: Any) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    model = rw.adapt(speaking(tokenizer), rw.recipes.lora(rank=4, targets=["q_proj", "lm_head"]))
-    data = Dataset.from_list([{"prompt": "Say one:", "completion": " one"}] * 4)
-    config = SFTConfig(str(tmp_path), max_steps=10, report_to=[], use_cpu=True, bf16=False, max_length=32, save_strategy="no")
-    optimizer: Any = rw.optimizer(model, lr=1e-2)
-    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None))
-    with pytest.warns(UserWarning, match="1 of the adapted sites never received a gradient, such as lm_head.*TRL's does"):
-        trainer.train()
-    with pytest.raises(TrainingError, match="such as lm_head"):
-        optimizer.rankwise_session.check_alive()
+    data = Dataset.from_list([{"prompt": f"Say {word}:", "completion": f" {word}"} for word in ("one", "two", "three", "four")])
+    fields: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False, "max_length": 32, "save_strategy": "no"}
+    config = SFTConfig(str(folder), **fields | options)
+    return SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"]])
+def test_trl_reads_the_heads_weight_past_an_adapter_and_that_is_refused(targets: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    """At the first step, before anything has moved. A head that trains in full is read as it trains; a plain Trainer's loss is right."""
+    model = rw.adapt(speaking(tokenizer), rw.recipes.lora(rank=4, targets=targets))
+    start = trained_values(model)
+    with pytest.raises(TrainingError, match=r"reads the weight of lm_head past its adapter .*targets\.exclude"):
+        sft(model, tokenizer, tmp_path, rw.optimizer(model, lr=1e-2), max_steps=3).train()
+    assert all(torch.equal(value, start[name]) for name, value in trained_values(model).items())
+
+    model = rw.adapt(speaking(tokenizer), rw.recipes.lora(rank=4, targets=["q_proj"], modules_to_save=["lm_head"]))
+    base_head, head = model.lm_head.base_layer.weight, model.lm_head.weight
+    sft(model, tokenizer, tmp_path, rw.optimizer(model, lr=1e-2), max_steps=2).train()
+    assert model.lm_head.weight is head
+    assert not torch.equal(head, base_head)
+    with rw.disabled(model):
+        assert model.lm_head.weight is base_head  # what TRL reads of the reference
+    model, other = (rw.adapt(llama(), rw.recipes.lora(rank=4, targets=["q_proj", "lm_head"])).train() for _ in range(2))
+    in_order()(model=model, args=trainer_arguments(tmp_path), train_dataset=rows(), optimizers=(rw.optimizer(model, lr=1e-2), None)).train()
+    plain_loop(other, 3)
+    agree(model, other)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt2", "opt", "t5", "mixtral"])
@@ -410,10 +428,82 @@ def test_save_pretrained_of_the_merged_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(output(again.eval(), batch), merged)
 
 
+def test_save_pretrained_of_an_adapted_model_is_refused(tmp_path: Path) -> None:
+    """transformers would reload such a folder with the adapted layers drawn anew. Copies and pickles refuse for themselves."""
+    model: Any = perturb(rw.adapt(llama(), rw.recipes.dora(rank=4)))
+    copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for each in copies:
+        with pytest.raises(CheckpointError, match=r"rankwise\.save.*rankwise\.merge\(model, keep_base=False\).*rankwise\.export"):
+            each.save_pretrained(tmp_path / "never")
+        assert each.__dict__["save_pretrained"].args[0] is each
+    rw.merge(model)  # its weights still stand under names of the adapted model
+    with pytest.raises(CheckpointError, match="freshly drawn"):
+        model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    rw.unadapt(model)
+    rw.merge(copies[1], keep_base=False)
+    for number, each in enumerate(copies[:2]):
+        assert "save_pretrained" not in each.__dict__
+        each.save_pretrained(tmp_path / str(number))
+        again, about = type(each).from_pretrained(tmp_path / str(number), output_loading_info=True)
+        assert not about["missing_keys"]
+        assert torch.equal(logits(again, token_ids()), logits(each, token_ids()))
+    with pytest.raises(CheckpointError, match="freshly drawn"):
+        copies[2].save_pretrained(tmp_path / "never")
+
+
+def named_base(folder: Path) -> Any:
+    """A tiny Llama that lies in a folder, and knows it."""
+    if not folder.exists():
+        llama().save_pretrained(folder)
+    return type(llama()).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_checkpoints_of_trainer_resume_and_are_adapters(method: str, tmp_path: Path) -> None:
+    """Trainer goes on from one with the very numbers; rw.load takes one; transformers loads one right, or stops, or says what it lost."""
+    recipe = rw.recipes.RECIPES[method](rank=4, dropout=0.0)
+    models = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-2")):
+        model = rw.adapt(named_base(tmp_path / "base"), recipe).train()
+        arguments = trainer_arguments(tmp_path / "run", max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = in_order()(model=model, args=arguments, train_dataset=rows(), optimizers=(rw.optimizer(model, lr=1e-2), None))
+        assert trainer.train(resume_from_checkpoint=resume).global_step == 4
+        models.append(model.eval())
+        trainer.save_model(str(tmp_path / "saved"))
+    first, resumed = (trained_values(model) for model in models)
+    assert all(torch.equal(value, resumed[name]) for name, value in first.items())
+    for folder in (tmp_path / "run" / "checkpoint-4", tmp_path / "saved"):
+        assert not (folder / "config.json").exists()  # with it transformers would take the adapted names for a whole model's
+        assert torch.equal(logits(rw.load(named_base(tmp_path / "base"), folder), token_ids()), logits(models[0], token_ids()))
+        kind = type(models[0])
+        if method == "vera":  # which transformers does not take as an adapter
+            with pytest.raises(ValueError, match=r"does not support PeftType\.VERA"):
+                kind.from_pretrained(folder)
+            continue
+        again, about = kind.from_pretrained(folder, output_loading_info=True)
+        if method == "dora":  # transformers loses the magnitudes of every DoRA adapter, PEFT's own too, and reports them
+            assert all("lora_magnitude_vector" in key for key in about["missing_keys"])
+            assert about["missing_keys"]
+        else:
+            assert not about["missing_keys"]
+            torch.testing.assert_close(logits(again.eval(), token_ids()), logits(models[0], token_ids()), rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoints_of_trl(tokenizer: Any, tmp_path: Path) -> None:
+    base = speaking(tokenizer)
+    model = rw.adapt(copy.deepcopy(base), rw.recipes.lora(rank=4))
+    sft(model, tokenizer, tmp_path, rw.optimizer(model, lr=1e-2), max_steps=2, save_strategy="steps", save_steps=1).train()
+    again = rw.load(copy.deepcopy(base), tmp_path / "checkpoint-2")
+    assert torch.equal(logits(again, token_ids()), logits(model.eval(), token_ids()))
+
+
 @pytest.mark.parametrize(("method", "storage"), [*((method, "keep") for method in METHODS), ("dora", "nf4")])
 def test_the_compiler_gives_what_eager_gives(method: str, storage: str) -> None:
     torch._dynamo.reset()
-    model = perturb(rw.adapt(llama(num_hidden_layers=1), rw.recipes.RECIPES[method](rank=4, storage=storage, dropout=0.0)))
+    # one shared input and one site of its own: the compiler's time grows with the sites, which are all alike
+    recipe = rw.recipes.RECIPES[method](rank=4, storage=storage, dropout=0.0, targets=["q_proj", "k_proj", "v_proj", "down_proj"])
+    model = perturb(rw.adapt(llama(num_hidden_layers=1), recipe))
     batch = words()
     results = []
     for run in (model, torch.compile(model, backend="aot_eager")):
@@ -429,7 +519,7 @@ def test_the_compiler_gives_what_eager_gives(method: str, storage: str) -> None:
 
 
 def test_lightning(tmp_path: Path) -> None:
-    lightning: Any = pytest.importorskip("lightning")
+    import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self, model: nn.Module) -> None:
@@ -458,8 +548,6 @@ SCRIPTS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"),
 
 @pytest.mark.parametrize("number", range(len(SCRIPTS)))
 def test_what_the_page_shows_runs(number: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "import lightning" in SCRIPTS[number]:
-        pytest.importorskip("lightning")
     torch._dynamo.reset()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")

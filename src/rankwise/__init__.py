@@ -24,6 +24,8 @@ _HOME = {
     "merge": "rankwise.adapting",
     "unmerge": "rankwise.adapting",
     "unadapt": "rankwise.adapting",
+    "fuse_loss": "rankwise.fused_loss",
+    "unfuse_loss": "rankwise.fused_loss",
     "optimizer": "rankwise.optim",
     "attach": "rankwise.optim",
     "GaLore": "rankwise.galore",
@@ -48,6 +50,7 @@ __all__ = [
     "attach",
     "disabled",
     "export",
+    "fuse_loss",
     "galore_groups",
     "load",
     "measure",
@@ -61,6 +64,7 @@ __all__ = [
     "save",
     "summary",
     "unadapt",
+    "unfuse_loss",
     "unmerge",
 ]
 
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
+    from rankwise.fused_loss import fuse_loss, unfuse_loss
     from rankwise.galore import GaLore, galore_groups
     from rankwise.importance import Importance, allocate, measure
     from rankwise.optim import attach, next_task, optimizer

@@ -9,11 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rankwise import lean
 from rankwise.calibration import beginnings
 from rankwise.context import Meter
+from rankwise.distributing import distributed
 from rankwise.equation import Start, shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
+from rankwise.fused_loss import unfuse_loss
+from rankwise.guarding import guard, unguard
 from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
 from rankwise.planning import Plan, plan
@@ -82,6 +86,9 @@ def adapt(model: nn.Module, recipe: Recipe | Plan, calibration: Iterable[Mapping
     recipe = made.recipe
     batches = None if calibration is None else list(calibration)
     begun = None if recipe.init.calibration is None else beginnings(model, recipe, made.sites, batches)
+    if begun is not None and recipe.init.distributes:
+        made, begun = distributed(model, made, begun)
+        recipe = made.recipe
     warm: Mapping[str, Mapping[str, Tensor]] = {}
     if recipe.schedule.sample is not None and made.importance is None:
         allocation = recipe.schedule.allocate(model, made, batches, begun)
@@ -141,6 +148,7 @@ def build(
         list(made.notes),
     )
     model.requires_grad_(False)
+    lean.install(model)
     shared = shared_part(model, recipe, made) if shared is None else shared
     prepare(model, recipe, made.held, (site.name for site in made.sites))
     modules = dict(model.named_modules())
@@ -173,6 +181,7 @@ def build(
     if recipe.reads_context:
         install(model)
     model.rankwise = record  # type: ignore[assignment]
+    guard(model)
     return model
 
 
@@ -231,7 +240,7 @@ def _adapter(
         else:
             generator = site_generator(recipe.seed, site.name)
             if made is not None:
-                begun = made[site.name]
+                begun = stacked_beginnings([made[site.name]] * site.experts)
             else:
                 weight = storage.read(layer) if recipe.init.needs_weight else None
                 begun = stacked_beginnings([recipe.init.begin(site, weight, None, generator) for _ in range(site.experts)])
@@ -239,7 +248,7 @@ def _adapter(
                     begun = recipe.init.begin(site, _lost(weight, begun, site, recipe), None, generator)
             notes.extend(f"{site.name}: {note}" for note in begun.notes)
             down, up = (None if t is None else t.to(device, masters) for t in (begun.down, begun.up))
-            update.begin(down, up, recipe.init.moves_base, generator)
+            update.begin(down, up, recipe.init.nonzero, generator)
             if recipe.moves_base:
                 factors = update.factors()
                 # without the scaling, which is multiplied last in both: while nothing has moved the two cancel to the last bit
@@ -561,6 +570,8 @@ def unadapt(model: nn.Module) -> nn.Module:
     for name, trained in trained_modules(model).items():
         _replace(model, name, trained.base_layer.to(trained.dtype))
     uninstall(model)
+    lean.uninstall(model)
+    unfuse_loss(model)
     _thaw(model, record)
     return model
 
@@ -577,4 +588,5 @@ def _unfolded(module: AdaptedLinear, weight: Tensor) -> nn.Module:
 def _thaw(model: nn.Module, record: Adapted) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.trainable.get(name, False))
+    unguard(model)
     del model.rankwise

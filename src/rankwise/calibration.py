@@ -12,7 +12,7 @@ sees its input and output, so any storage will do, and the backward stops at the
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ def beginnings(
                     layer = model.get_submodule(site.name)
                     weight = storage_of(layer).read(layer) if recipe.init.needs_weight else None
                     generator = site_generator(recipe.seed, site.name, "calibrated")
-                    begun[site.name] = recipe.init.begin(site, weight, statistics, generator)
+                    most = min(recipe.init.candidates(site.rank), max(site.rank, min(site.in_features, site.out_features)))
+                    begun[site.name] = recipe.init.begin(replace(site, rank=most), weight, statistics, generator)
                 del statistics
     return begun
 
@@ -246,7 +247,7 @@ def _gather(model: nn.Module, chunk: Sequence[Unit], ask: Calibration, batches: 
     """Unit -> its statistics, from one pass over the batches (two for a sketch)."""
     if ask.kind == "covariance":
         sums = {unit: Sum() for unit in chunk}
-        _sum_inputs(model, sums, batches, ask.by_sample)
+        _sum_inputs(model, sums, batches, ask)
         samples = sum(next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)) for batch in batches)
         return {unit: _input_statistics(unit, sums.pop(unit), samples if ask.by_sample else None) for unit in chunk}
     if ask.kind == "gradient":
@@ -264,13 +265,13 @@ def _gather(model: nn.Module, chunk: Sequence[Unit], ask: Calibration, batches: 
     return {unit: _gradient_statistics(unit, sums.pop(unit)) for unit in chunk}
 
 
-def _sum_inputs(model: nn.Module, sums: Mapping[Unit, Sum], batches: Sequence[Batch], by_sample: bool) -> None:
+def _sum_inputs(model: nn.Module, sums: Mapping[Unit, Sum], batches: Sequence[Batch], ask: Calibration) -> None:
     facts = [Facts({})]
     # the first site of a unit stands for the others, which read the same tensor
-    taps = {unit.sites[0].name: input_tap(into, facts, unit.direct, by_sample) for unit, into in sums.items()}
+    taps = {unit.sites[0].name: input_tap(into, facts, unit.direct, ask.by_sample) for unit, into in sums.items()}
     with torch.no_grad(), _hooked(model, taps):
         for batch in batches:
-            facts[0] = Facts(batch)
+            facts[0] = Facts(batch, labelled=ask.labelled)
             model(**batch)
 
 
@@ -321,4 +322,4 @@ def _input_statistics(unit: Unit, sums: Sum, samples: int | None) -> Statistics:
     energy = sums.energy / divisor
     if unit.direct:
         return Statistics(sums.tokens, product=matrix, energy=energy)
-    return Statistics(sums.tokens, covariance=matrix, energy=energy)
+    return Statistics(sums.tokens, covariance=matrix, energy=energy, mean=None if sums.total is None else sums.total / divisor)

@@ -12,7 +12,8 @@ functions:
     combine   adds up . core . h to the base output in place
     rescale   applies the gain in fp32
 
-Saved for the backward: x if `down` trains, h if anything behind it trains, the pre-gain output if the gain trains; parameters by reference;
+Saved for the backward: x if `down` trains (or what x can be remade from, `kernels/remade.py`), h if anything behind it trains, the
+pre-gain output if the gain trains; parameters by reference;
 no dropout mask (it is drawn again from a seed) and no product of factors (made again, rank-sized work). A token core runs under plain
 autograd between `project` and `combine`, as does a route: a number for each sample that multiplies the whole update, its start too.
 `form_of` is the fixed rule that picks the form.
@@ -21,6 +22,7 @@ A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equ
 dtype, while the factors stand where they started.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +33,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rankwise.errors import RecipeError
+from rankwise.kernels.dropout import Dropped, draw_seed, drop
+from rankwise.kernels.remade import Source, source_of
 from rankwise.storage import Storage
 
 if TYPE_CHECKING:
@@ -100,27 +104,6 @@ def stacked(factors: Factors, start: Start | None) -> tuple[Tensor, Tensor]:
     return torch.cat([factors.down, factors.down - start.down]), torch.cat([up - start_up, start_up], dim=1)
 
 
-# --- dropout without a stored mask -----------------------------------------------------------------------------------------------------
-
-
-def draw_seed() -> int:
-    """A seed from the default CPU generator, which checkpointing restores: the recomputed forward draws the same mask."""
-    return int(torch.randint(2**62, ()))
-
-
-def drop(x: Tensor, p: float, seed: int) -> Tensor:
-    """x with each element kept with probability 1 - p and scaled by its inverse; the same seed gives the same mask.
-
-    p is rounded to a multiple of 2^-16: 16 random bits an element are several times cheaper than a Bernoulli draw.
-    """
-    limit = min(round(p * 65536), 65535)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    words = (x.numel() + 3) // 4
-    bits = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator, device=x.device, dtype=torch.int64)
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= limit - 32768
-    return x * keep * (65536 / (65536 - limit))
-
-
 # --- the fused form --------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +125,7 @@ class _Project(torch.autograd.Function):
         storage: Storage,
         dropout: float,
         seed: int,
+        source: Source | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         y = storage.product(x, bias, *weights)
@@ -150,8 +134,10 @@ class _Project(torch.autograd.Function):
             rows = drop(rows, dropout, seed)
         h = rows @ down.to(y.dtype).T  # (tokens, rank)
         moved = None if start_down is None else rows @ (down - start_down).to(y.dtype).T
-        ctx.storage, ctx.dropout, ctx.seed = storage, dropout, seed
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down, start_down, *weights)
+        ctx.storage, ctx.dropout, ctx.seed, ctx.weights = storage, dropout, seed, len(weights)
+        # of the source only the memo stays on ctx: its tensors are saved, so that checkpointing can let go of them
+        ctx.memo, kept = (None, ()) if source is None else (source.memo, source.tensors)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] and source is None else None, down, start_down, *weights, *kept)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
         # `combine` writes into y: it must not count as a view made in here
@@ -161,14 +147,15 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gy, gh, gm = grads
-        x, down, start_down, *weights = ctx.saved_tensors
+        x, down, start_down, *saved = ctx.saved_tensors
+        weights, kept = saved[: ctx.weights], saved[ctx.weights :]
         dx = d_down = None
         # gradient of h plus that of `moved`: both are products with `down`
         total = gh if gm is None else gm if gh is None else gh + gm
+        mask = Dropped(math.prod(ctx.shape), ctx.dropout, ctx.seed, total.device) if ctx.dropout and total is not None else None
         if ctx.needs_input_grad[1] and total is not None:
-            rows = as_rows(x).to(total.dtype)
-            if ctx.dropout:
-                rows = drop(rows, ctx.dropout, ctx.seed)
+            rows = as_rows(x if ctx.memo is None else ctx.memo.get(*kept)).to(total.dtype)
+            rows = rows if mask is None else mask.of(rows)
             d_down = (total.T @ rows).to(down.dtype)  # (rank, in)
         if ctx.needs_input_grad[0]:
             if gy is not None:
@@ -180,8 +167,8 @@ class _Project(torch.autograd.Function):
                 branch = _add_product(branch, total, down, 1.0)
                 if gm is not None:
                     branch = _add_product(branch, gm, start_down, -1.0)
-                if ctx.dropout:
-                    branch = drop(branch, ctx.dropout, ctx.seed)
+                if mask is not None:
+                    branch = mask.of(branch)
                     dx = branch if dx is None else dx.add_(branch)
                 else:
                     dx = branch
@@ -254,37 +241,47 @@ class _Combine(torch.autograd.Function):
         return gy, gh, gm, d_up, d_core, d_tail, None, None
 
 
-_ROWS_AT_ONCE = 1024  # bounds the fp32 temporaries of the gain
+def _rows_at_once(width: int, device: torch.device) -> int:
+    """Rows whose fp32 temporaries are alive at once: on a CPU what its caches hold."""
+    return max(65536 // width, 1) if device.type == "cpu" else 1024
 
 
 class _Rescale(torch.autograd.Function):
-    """y0 -> y0 + (gain - 1) * (y0 - bias), in fp32: bit-exact at gain 1. y0 is the biased output, (..., out)."""
+    """y0 -> gain * (y0 - bias) + bias, in fp32: bit-exact at gain 1. y0 is the biased output, (..., out)."""
 
     @staticmethod
     def forward(ctx: Any, y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y0 if ctx.needs_input_grad[1] else None, gain, bias)
-        return rescale(y0, gain, bias)
+        y = torch.empty_like(y0)
+        rows = _rows_at_once(gain.numel(), gain.device)
+        for out, z in zip(as_rows(y).split(rows), as_rows(y0).split(rows), strict=True):
+            out.copy_(rescale(z, gain, bias))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gy,) = grads
         y0, gain, bias = ctx.saved_tensors
-        d_y0 = (gy * gain).to(gy.dtype) if ctx.needs_input_grad[0] else None
+        rows = _rows_at_once(gain.numel(), gain.device)
+        parts = as_rows(gy).split(rows)
+        d_y0 = torch.empty(gy.shape, dtype=gy.dtype, device=gy.device) if ctx.needs_input_grad[0] else None
+        if d_y0 is not None:
+            for out, g in zip(as_rows(d_y0).split(rows), parts, strict=True):
+                out.copy_(g * gain)
         d_gain = None
         if y0 is not None:
             d_gain = torch.zeros_like(gain)
-            for g, z in zip(as_rows(gy).split(_ROWS_AT_ONCE), as_rows(y0).split(_ROWS_AT_ONCE), strict=True):
+            for g, z in zip(parts, as_rows(y0).split(rows), strict=True):
                 z = z.to(gain.dtype) if bias is None else z.to(gain.dtype) - bias.to(gain.dtype)
                 d_gain += (z * g).sum(0)  # (out,)
         return d_y0, d_gain, None
 
 
 def rescale(y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """The gain over base and branch, the bias left out; computed in the gain's dtype (fp32), rounded once to y0's."""
-    z = y0.to(gain.dtype)
-    z = z if bias is None else z - bias.to(gain.dtype)
-    return (y0 + (gain - 1) * z).to(y0.dtype)
+    """gain * (y0 - bias) + bias, (..., out): over base and branch, the bias left out; in the gain's dtype (fp32), rounded once to y0's."""
+    y = y0 * gain
+    return (y if bias is None else y + (1 - gain) * bias).to(y0.dtype)
 
 
 # --- the two forms and the rule that picks one -----------------------------------------------------------------------------------------
@@ -323,7 +320,8 @@ def fused_form(
     else:
         seed = draw_seed() if dropout else 0
         start_down = None if start is None else start.down
-        y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, dropout, seed, *weights)
+        source = source_of(x) if factors.down.requires_grad else None
+        y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, dropout, seed, source, *weights)
         core = factors.core
         h, moved = _routed(h, x, route), None if moved is None else _routed(moved, x, route)
         if token_core is not None:

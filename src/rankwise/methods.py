@@ -130,6 +130,21 @@ ABOUT: dict[str, About] = {
         "Take it when LoRA's rank is what holds it back and the weights may change: over the rounds any change can be reached.",
         "LoRA's training memory and a decomposition a site every round; the base weights are rewritten, their originals lie on the CPU.",
     ),
+    "eva": About(
+        "LoRA that starts at the principal directions of each layer's inputs, with more rank where they explain more.",
+        "Take it when a few batches of the task's own data may be spent on the start and the base should not be touched for it.",
+        "A forward over the calibration rows before training; afterwards a plain LoRA of the same total rank.",
+    ),
+    "lora-one": About(
+        "LoRA that starts at the first step of full fine-tuning, cut to the rank; this step stays in the model.",
+        "Take it when training is short and the first steps should count; the start is not the base.",
+        "A forward and backward over the calibration rows before training; afterwards a plain LoRA, without a frozen start.",
+    ),
+    "randlora": About(
+        "Only scales train, on shared frozen random pairs that are enough to make an update of full rank.",
+        "Take it when LoRA's rank is what holds it back and few numbers may be trained; a larger rank trains fewer.",
+        "Trains about min(in, out) * (1 + min(in, out) / rank) numbers a site; each step forms a factor as large as the weight.",
+    ),
     "lora-drop": About(
         "A short probe measures what each site's LoRA puts out; sites that matter keep their own, the others of a kind share one.",
         "Take it when fewer trained and stored numbers are wanted at LoRA's quality, and not every layer needs its own adapter.",

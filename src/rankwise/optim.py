@@ -19,7 +19,7 @@ from rankwise.errors import TrainingError
 from rankwise.gradients import DirectSteps, GradientRule
 from rankwise.resizing import grow, resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
-from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
+from rankwise.sites import AdaptedLinear, adapted_sites, output_head, parts_of
 
 #: decay would pull these to a uniform choice, or to no activation at all
 UNDECAYED = frozenset({"gate", "activation"})
@@ -226,6 +226,8 @@ class Session:
 
     def _pre(self, optimizer: Optimizer, *_: Any) -> None:
         self._note_gradients()
+        if self.steps == 0:
+            self._refuse_a_head_past_its_adapter()
         if self.running and getattr(optimizer, "grad_scale", None) is not None:
             raise TrainingError(
                 "the gradients are still multiplied by a GradScaler's scale, which the recipe's schedule or gradient rule would take for "
@@ -259,6 +261,22 @@ class Session:
         for name in [name for name, module in self.waiting.items() if _has_gradient(module)]:
             del self.waiting[name]
 
+    def _refuse_a_head_past_its_adapter(self) -> None:
+        """An adapted output head whose parameters the first backward did not reach at all, while it reached others or there are no others:
+        the loss was made with the head's bare weight, so it is another model's."""
+        model = self.model()
+        head = None if model is None else output_head(model)
+        if model is None or not isinstance(head, AdaptedLinear) or not _trains(head):
+            return
+        mine = {id(p) for p in head.parameters()}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
+        reached = any(p.grad is not None for p in others) or not others
+        if reached and all(p.grad is None for p in head.parameters()):
+            raise TrainingError(
+                f"the loss reads the weight of {head.site.name} past its adapter (TRL's does at the output head), so it is not the adapted "
+                "model's; take the head out with targets.exclude, or train with transformers' Trainer, rankwise train or a plain loop"
+            )
+
     def check_alive(self) -> None:
         """Raises TrainingError when a site has had no gradient in any step so far: its adapter would do nothing."""
         if self.steps and self.waiting:
@@ -268,7 +286,7 @@ class Session:
         names = list(self.waiting)
         return (
             f"{len(names)} of the adapted sites never received a gradient, such as {names[0]}; the model does not use them in its forward, "
-            "or the loss reads their weights past the adapter (TRL's does at the output head): take them out with targets.exclude"
+            "or something reads their weights past the adapter: take them out with targets.exclude"
         )
 
 

@@ -152,7 +152,7 @@ class Plan:
                     total += site.in_features
             if trained - {"down"} and site.rank and not (self.recipe.update.shares_down and site.group and key in shared):
                 shared.add(key)
-                total += site.width
+                total += self.recipe.update.width_at(site)
             if self.recipe.gain.name != "none":
                 total += site.out_features
         return total * element + ids
@@ -173,7 +173,7 @@ class Plan:
                 inner = 0
             if site.group:
                 projected.add(site.group)
-            branch += site.width * (inner * site.in_features + outer * site.out_features)
+            branch += self.recipe.update.width_at(site) * (inner * site.in_features + outer * site.out_features)
         return {"frozen base": base, "branch": branch}
 
     def resized(self, ranks: Mapping[str, int]) -> "Plan":
@@ -233,8 +233,7 @@ def _check_owner(sites: Mapping[str, Site], name: str, owner: str, owners: Mappi
 
 def trained_roles(recipe: Recipe, site: Site) -> frozenset[str]:
     """The roles of the update that train at a site: those of the recipe, less what is frozen at this site alone."""
-    here = {slot.role for slot in recipe.update.slots(site).values() if slot.frozen}
-    return recipe.update.roles - recipe.frozen_roles - here
+    return recipe.update.trained_factors(site, recipe.frozen_roles)
 
 
 def site_parameters(recipe: Recipe, site: Site) -> int:
@@ -252,12 +251,14 @@ def gate_parameters(recipe: Recipe, block: Block) -> int:
     return sum(slot.numel for slot in recipe.routing.slots(block).values() if slot.trains(recipe.frozen_roles))
 
 
-def plan(model: nn.Module, recipe: Recipe) -> Plan:
+def plan(model: nn.Module, recipe: Recipe, trained: bool = False) -> Plan:
     """What `adapt(model, recipe)` will do, without touching a tensor.
 
     Args:
         model: the base, on any device, `meta` included; not adapted yet.
         recipe: the recipe.
+        trained: the factors exist already, so a rank above a layer's smaller side is noted instead of refused: a folder whose ranks were
+            filled up with zeros computes what it should.
 
     Raises:
         TargetError: a pattern that matches nothing, a module that cannot be adapted, a shared module, a folded tied weight.
@@ -285,7 +286,9 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         asked, rank = rank, recipe.schedule.bound(rank, min(width_in, width_out))
         if rank < asked:
             notes.append(f"{name} takes rank {rank} instead of {asked}: schedule={recipe.schedule.name!r} leaves no more there")
-        if recipe.update.rank_bounded and rank > min(width_in, width_out):
+        if recipe.update.rank_bounded and rank > min(width_in, width_out) and trained:
+            notes.append(f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: it could be lower")
+        elif recipe.update.rank_bounded and rank > min(width_in, width_out):
             raise RecipeError(
                 f"rank={rank} at {name} is larger than its smaller side {min(width_in, width_out)}: the extra factors would be redundant; "
                 f"lower the rank, set rank_pattern for this site, or exclude it"
@@ -323,7 +326,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
         + (f" to {names[-1]}" if len(names) > 1 else "")
         for asked, names in lowered.items()
     ]
-    notes += recipe.schedule.notes(sites)
+    notes += [*recipe.init.notes(sites), *recipe.schedule.notes(sites)]
     blocks = _blocks(model, recipe, sites)
     recipe.routing.check(blocks)
     if recipe.schedule.rewrites_base:
@@ -536,7 +539,13 @@ def _check_kind(recipe: Recipe, name: str, kind: str) -> None:
         return
     if recipe.schedule.rewrites_base:
         raise TargetError(f"{name} is an embedding, which schedule={recipe.schedule.name!r} cannot write into; exclude it")
-    if recipe.update.name != "lora" or recipe.gain.name != "none" or recipe.moves_base or recipe.gradient.name == "lora-fa":
+    if (
+        recipe.update.name != "lora"
+        or recipe.gain.name != "none"
+        or recipe.moves_base
+        or recipe.gradient.name == "lora-fa"
+        or recipe.init.calibration
+    ):
         raise TargetError(f"{name} is an embedding, which takes plain LoRA factors only; exclude it or use update='lora' with gain='none'")
     if "down" in recipe.frozen_roles:
         raise TargetError(f"{name} is an embedding, whose `down` starts at zero and would stay there; unfreeze 'down' or exclude it")

@@ -11,12 +11,26 @@ from typing import Any, Literal
 from rankwise.errors import RecipeError, nearest
 from rankwise.gains import Dora, Propulsion
 from rankwise.gradients import LoraFa, LoraPlus, LoraPro, Plain, RoleRates
-from rankwise.inits import Corda, DeepFrames, Kaiming, LoraGa, MinorComponents, OLora, Orthonormal, Own, Pissa, RandomUp, Slice
+from rankwise.inits import (
+    Corda,
+    DeepFrames,
+    Eva,
+    Kaiming,
+    LoraGa,
+    LoraOne,
+    MinorComponents,
+    OLora,
+    Orthonormal,
+    Own,
+    Pissa,
+    RandomUp,
+    Slice,
+)  # fmt: skip
 from rankwise.recipe import Recipe, _coerce
 from rankwise.routing import PromptRouting
 from rankwise.schedules import AdaLoraBudget, GaloreFolding, LoraDrop, Rounds, TaskGrowth
 from rankwise.storage import NF4
-from rankwise.updates import AttentionMixture, Deep, Experts, LowRank, Mixer, NoUpdate, Projected, Svd, Vera
+from rankwise.updates import AttentionMixture, Deep, Experts, LowRank, Mixer, NoUpdate, Projected, RandLora, Svd, Vera
 
 
 def _recipe(fields: dict[str, Any], **defaults: Any) -> Recipe:
@@ -393,6 +407,47 @@ def milora_mixture(
     return _recipe(fields, name="milora-mixture", routing=routing, lr=1e-4, lr_bracket=(2e-5, 1e-3))
 
 
+def eva(
+    rho: float = 2.0,
+    adjust_scaling: bool = True,
+    whiten: bool = False,
+    centre: bool = True,
+    label_mask: bool = True,
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 256,
+    **fields: Any,
+) -> Recipe:
+    """EVA (Paischer et al. 2024, arXiv 2410.07170): `down` starts at the principal directions of the inputs, and the ranks go to the sites
+    where they explain most. rho=1 keeps the ranks.
+    """
+    return _recipe(fields, name="eva", init=Eva(rho, adjust_scaling, whiten, centre, label_mask, svd, calibration_rows))
+
+
+def lora_one(
+    size: Literal["relative", "gradient"] = "relative",
+    gamma: float = 128.0,
+    estimate: Literal["full", "sketch"] = "full",
+    svd: Literal["auto", "exact", "randomized"] = "auto",
+    calibration_rows: int = 64,
+    **fields: Any,
+) -> Recipe:
+    """LoRA-One (Zhang et al. 2025, arXiv 2502.01235): starts one step of full fine-tuning away from the base, cut to the rank.
+
+    Scaling is alpha over the square root of the rank, as in the official commands.
+    """
+    return _recipe(fields, name="lora-one", init=LoraOne(size, gamma, estimate, svd, calibration_rows), scaling="rslora")
+
+
+def randlora(pool_seed: int = 0, **fields: Any) -> Recipe:
+    """RandLoRA (Albert et al. 2025, arXiv 2502.00987): trained scales on frozen random pairs that add up to full rank.
+
+    A larger rank trains fewer numbers. alpha is 20 times the rank, as in PEFT.
+    """
+    fields.setdefault("rank", 32)
+    fields.setdefault("alpha", 20.0 * fields["rank"])
+    return _recipe(fields, name="randlora", update=RandLora(pool_seed), init=Own(), lr=1e-4, lr_bracket=(2e-5, 2e-3))
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "lora": lora,
     "rslora": rslora,
@@ -417,6 +472,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "loramoe": loramoe,
     "milora-mixture": milora_mixture,
     "galore": galore,
+    "eva": eva,
+    "lora-one": lora_one,
+    "randlora": randlora,
 }
 
 # What people look for here and do not find: no low-rank update of a weight, so outside of the one equation.

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise import equation
 from rankwise.equation import as_rows
+from rankwise.kernels.dropout import drop
 
 
 class SharedProjection:
@@ -88,7 +89,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
         rows = as_rows(x).to(dtype)
-        rows = equation.drop(rows, dropout, seed) if dropout else rows
+        rows = drop(rows, dropout, seed) if dropout else rows
         ctx.down = down
         ctx.dropout, ctx.seed, ctx.shape, ctx.dtype = dropout, seed, x.shape, x.dtype
         return rows @ down.to(dtype).T
@@ -99,5 +100,5 @@ class _Down(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = grads[0] @ ctx.down.to(grads[0].dtype)
-            dx = (equation.drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
+            dx = (drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
         return dx, None, None, None, None

@@ -14,6 +14,7 @@ from rankwise.equation import Start, dense_update, operate
 from rankwise.errors import TargetError, TrainingError, nearest
 from rankwise.gains import Gain
 from rankwise.ledger import Round
+from rankwise.patterns import PatternError, expression
 from rankwise.recipe import Targets
 from rankwise.routing.base import BlockGate
 from rankwise.sharing import SharedMember
@@ -259,8 +260,17 @@ class TrainedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The trained weight, where other code reads one."""
-        return cast(Tensor, self.trained.weight)
+        """The weight that acts, where other code reads one (TRL's loss at the output head): the trained one, or the base's while off."""
+        return cast(Tensor, self._acting.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that acts, where other code reads one."""
+        return cast("Tensor | None", getattr(self._acting, "bias", None))
+
+    @property
+    def _acting(self) -> nn.Module:
+        return self.trained if self.enabled else self.base_layer
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -367,9 +377,9 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a pattern (a name, a dotted suffix, or 're:' and an expression for the whole path) matches a module path."""
     if pattern.startswith("re:"):
         try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except (re.error, OverflowError, RecursionError) as error:
-            raise TargetError(f"target {pattern!r} is not a valid regular expression: {error}") from None
+            return expression(pattern[3:]).fullmatch(name) is not None
+        except PatternError as error:
+            raise TargetError(f"target {pattern[:200]!r}: {error}") from None
     return name == pattern or name.endswith("." + pattern)
 
 

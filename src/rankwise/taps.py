@@ -21,6 +21,7 @@ class Sum:
         self.matrix: Tensor | None = None
         self.tokens = 0
         self.energy = 0.0  # sum of squared inputs
+        self.total: Tensor | None = None  # sum of inputs, (in,)
 
     def add(self, g: Tensor, x: Tensor, weight: float = 1.0) -> None:
         """Adds weight * g^T x for rows g (tokens, out), x (tokens, in): in fp32, fp64 for fp64."""
@@ -36,9 +37,14 @@ class Sum:
 class Facts:
     """What taps must know of the batch at hand."""
 
-    def __init__(self, batch: Mapping[str, Any], weight: float = 1.0) -> None:
-        mask = batch.get("attention_mask")
+    def __init__(self, batch: Mapping[str, Any], weight: float = 1.0, labelled: bool = False) -> None:
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None  # (batch, length)
+        if labelled and isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+            if self.mask is None:
+                self.mask = labels != -100
+            elif self.mask.shape == labels.shape:
+                self.mask = self.mask & (labels != -100)
         self.weight = weight
 
     def keep(self, x: Tensor) -> Tensor | None:
@@ -103,6 +109,7 @@ def input_tap(into: Sum, facts: "list[Facts]", direct: bool, by_sample: bool) ->
             x, left = x[keep], left[keep]
         into.tokens += x.shape[0]
         into.energy += float(x.square().sum())
+        into.total = x.sum(0) if into.total is None else into.total + x.sum(0)
         into.add(left, x)
 
     return hook

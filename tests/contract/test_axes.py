@@ -83,13 +83,16 @@ def fulfils_the_contract(recipe: Recipe, model: Any = None) -> Any:
         return torch.equal(values, before) if kept else torch.allclose(values, before, rtol=1e-5, atol=2e-5)
 
     assert rw.adapt(model, recipe, calibration=CALIBRATION) is model
+    plan = model.rankwise.plan if recipe.init.distributes else plan
     assert len(adapted_sites(model)) == 3
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.trained_parameters > 0
     assert sum(row.parameters for row in rw.summary(model)) == plan.trained_parameters
 
     # promise 2: the start is the base, exactly unless the update begins at a small size that nothing subtracts
     start = logits(model, ids)
-    if recipe.update.start_size:
+    if recipe.init.steps:
+        assert not torch.equal(start, before)  # training begins a step away, on purpose
+    elif recipe.update.start_size:
         torch.testing.assert_close(start, before, rtol=0, atol=1e3 * recipe.update.start_size)
     else:
         assert same_as_base(start)
@@ -286,6 +289,8 @@ ROWS: list[dict[str, Any]] = [
     GALORE | {"schedule": "none"},
     GALORE | {"frozen": {"down"}},
     GALORE | {"gradient": "lora-plus"},
+    {"schedule": "lora-drop", "init": "eva"},
+    {"update": "am-lora", "init": {"name": "eva", "rho": 1.0}},
 ]
 
 

@@ -23,6 +23,7 @@ from rankwise.checkpoint.peft_layout import NATIVE, PREFIX
 from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS
 from rankwise.checkpoint.servable import RANKS, SIDECAR
 from rankwise.errors import CheckpointError
+from rankwise.patterns import PatternError, expression
 from rankwise.sites import kind_of, widths_of
 from rankwise.updates import Site
 
@@ -136,9 +137,9 @@ def _check_types(found: Diagnosis) -> None:
             found.config[name] = LORA_DEFAULTS[name]
     for pattern in found.config.get("alpha_pattern") or {}:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            found.add("error", "fields", f"alpha_pattern has {pattern!r}, which is no regular expression: {error}")
+            expression(rf"(.*\.)?({pattern})$")
+        except PatternError as error:
+            found.add("error", "fields", f"alpha_pattern has {pattern!r}: {error}")
 
 
 def _keys(found: Diagnosis, tensors: Mapping[str, Tensor]) -> None:
@@ -282,7 +283,7 @@ def scale_of(config: Mapping[str, Any], stem: str, rank: int) -> float:
     """alpha / rank (or its root) of one layer, by PEFT's rule: a pattern is an expression for the end of a name; the first that fits."""
     alpha: float = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", stem):
+        if expression(rf"(.*\.)?({pattern})$").match(stem):
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

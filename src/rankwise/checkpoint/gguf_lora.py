@@ -8,10 +8,12 @@ must the rows of their lora_b be: row (h, half, i) goes to (h, i, half). Names c
 src/llama-adapter.cpp.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +134,38 @@ def write_gguf(path: Path, model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]
     writer.close()
 
 
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(field -> value, tensor -> fp32 values). What the package says of a broken file is of many kinds, and becomes an error of ours."""
+    gguf = _gguf()
+
+    class Reader(gguf.GGUFReader):  # the package's own reads past the end, where a forged length keeps it for hours
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **orders: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends before what it announces")
+            return super()._get(int(offset), dtype, int(count), *order, **orders)
+
+    try:
+        reader = Reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors: dict[str, Tensor] = {}
+        for tensor in reader.tensors:
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            tensors[tensor.name] = values.reshape(tuple(int(size) for size in tensor.shape[::-1]))
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        raise CheckpointError(f"{path} is truncated or no GGUF file ({error!r:.200}); write it again") from error
+    return fields, tensors
+
+
 def read_gguf(path: Path, model: Any, sites: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Site name -> (lora_A, lora_B times the file's scale), fp32, in the order of Hugging Face's rows.
 
@@ -140,17 +174,14 @@ def read_gguf(path: Path, model: Any, sites: Mapping[str, Any]) -> dict[str, tup
     """
     gguf = _gguf()
     arch, _ = _architecture(model)
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields, tensors = _contents(path)
     wanted = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": gguf.MODEL_ARCH_NAMES[arch]}
     for key, value in wanted.items():
         if fields.get(key) != value:
             raise CheckpointError(f"{path}: {key} is {fields.get(key)!r}, and must be {value!r}")
-    alpha = float(fields["adapter.lora.alpha"])
-    tensors: dict[str, Tensor] = {}
-    for tensor in reader.tensors:
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        tensors[tensor.name] = values.reshape(tuple(int(size) for size in tensor.shape[::-1]))
+    alpha = fields.get("adapter.lora.alpha")
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: adapter.lora.alpha is {alpha!r}, and must be a number")
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for site, name in names_of(model, sites).items():
         try:
@@ -158,6 +189,8 @@ def read_gguf(path: Path, model: Any, sites: Mapping[str, Any]) -> dict[str, tup
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}") from None
         heads = _heads(model, name)
+        if down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1] or not len(down) or len(up) % (2 * (heads or 1)) * bool(heads):
+            raise CheckpointError(f"{path}: {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, which are no pair of this model")
         scale = alpha / up.shape[1] if alpha else 1.0  # as llama.cpp does
         found[site] = (down, scale * (up if heads is None else reordered(up, heads, back=True)))
     if tensors:

@@ -1,7 +1,6 @@
 """load: an adapter folder, ours or PEFT's, onto a base. Everything is checked before the base is touched; nothing is ever unpickled."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from rankwise.checkpoint.peft_reader import understand
 from rankwise.checkpoint.saving import CONFIG, FORMAT_VERSION, NATIVE_FILE, WEIGHTS, checksum
 from rankwise.errors import CheckpointError, RecipeError, TargetError
 from rankwise.importance import Importance
+from rankwise.patterns import PatternError
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
 from rankwise.routing import Block
@@ -168,7 +168,7 @@ def _open_own(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors:
         raise CheckpointError(
             f"{folder / NATIVE_FILE} has start={about['start']!r}, and its recipe needs {start!r}; save the adapter again"
         )
-    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe), about, len(tensors)), about, folder / NATIVE_FILE)
+    made = _with_saved_owners(_with_saved_ranks(plan(base, recipe, trained=True), about, len(tensors)), about, folder / NATIVE_FILE)
     _compare_plan(made, about)
     _compare_base(base, made, about, any_base)
     with_projections = any(key.startswith(("base_model.vera_", "base_model.pool.")) for key in tensors)
@@ -268,13 +268,11 @@ def _open_peft(base: nn.Module, folder: Path, config: Mapping[str, Any], tensors
         )
     try:
         found = understand(config, base, tensors)
-    except re.error as error:
-        raise CheckpointError(
-            f"{folder / CONFIG}: {error.pattern!r} is not a valid regular expression: {error}; write it as PEFT does"
-        ) from error
+    except PatternError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}; write it as PEFT does") from error
     except (TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} has a value of the wrong type ({error}); write it as PEFT does") from error
-    made = plan(base, found.recipe).resized(found.ranks)
+    made = plan(base, found.recipe, trained=True).resized(found.ranks)
     tensors = found.complete(base, made.sites)
     with_projections = peft_type == "VERA" and bool(config.get("save_projection", True))
     notes = (f"loaded from a folder of PEFT, {folder}", *found.notes)

@@ -32,6 +32,7 @@ from rankwise.checkpoint.peft_tensors import (
 from rankwise.errors import CheckpointError
 from rankwise.gains import Dora, NoGain
 from rankwise.inits import Kaiming, OLora, Own, Pissa
+from rankwise.patterns import expression
 from rankwise.recipe import Recipe, Targets, build_choice
 from rankwise.schedules import AdaLoraBudget
 from rankwise.sites import find_sites
@@ -81,11 +82,8 @@ def understand(config: Mapping[str, Any], base: nn.Module, tensors: Mapping[str,
     _refuse_foreign_fields(fields, kind, base)
     names = base_names(base)
     tokens = token_modules(fields, base, tensors)
-    try:
-        heads = [*_heads(fields, names), *tokens]
-        sites = _sites(fields, base, names, heads)
-    except re.error as error:
-        raise CheckpointError(f"adapter_config.json: {error.pattern!r} is not a valid regular expression: {error}") from error
+    heads = [*_heads(fields, names), *tokens]
+    sites = _sites(fields, base, names, heads)
     _compare_sites(sites, {match[1].removeprefix(PREFIX) for key in tensors if (match := _SITE_KEY.fullmatch(key))})
     free = [name for name in names if not any(name == head or name.startswith(head + ".") for head in heads)]
     common: dict[str, Any] = {
@@ -212,7 +210,7 @@ def _refuse_foreign_fields(fields: Mapping[str, Any], kind: str, base: nn.Module
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule: the first expression that matches the end of the name, at a dot."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in (patterns or {}).items() if expression(rf"(.*\.)?({key})$").match(name)), default)
 
 
 def _heads(fields: Mapping[str, Any], names: Collection[str]) -> list[str]:
@@ -232,16 +230,16 @@ def _sites(fields: Mapping[str, Any], base: nn.Module, names: Collection[str], h
         raise CheckpointError("adapter_config.json names no target_modules; write the names of the adapted modules into it")
     entries = fields["modules_to_save"] or ()
     free = [name for name in names if not any(name == head or name.startswith(head + ".") for head in heads)]
-    free = [name for name in free if not any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in entries)]
+    free = [name for name in free if not any(expression(rf"(^|.*\.){entry}($|\..*)").match(name) for entry in entries)]
     if isinstance(excluded, str):
-        free = [name for name in free if not re.fullmatch(excluded, name)]
+        free = [name for name in free if not expression(excluded).fullmatch(name)]
     else:
         free = [name for name in free if not any(picks(suffix, name) for suffix in excluded)]
     if isinstance(wanted, str):
         if wanted.lower() == "all-linear":
             linear = find_sites(base, Targets(), tuple(heads))
             return [name for name in free if name in linear]
-        return [name for name in free if re.fullmatch(wanted, name)]
+        return [name for name in free if expression(wanted).fullmatch(name)]
     return [name for name in free if any(picks(suffix, name) for suffix in wanted) and _in_layers(fields, name, wanted)]
 
 
@@ -250,10 +248,8 @@ def _in_layers(fields: Mapping[str, Any], name: str, wanted: Collection[str]) ->
     if layers is None or layers == [] or name in wanted:
         return True
     patterns = fields["layers_pattern"] or ()
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ((patterns,) if isinstance(patterns, str) else patterns)] or [
-        r".*?\.[^.]*\.(\d+)\."
-    ]
-    match = next((found for expression in expressions if (found := re.match(expression, name))), None)
+    texts = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ((patterns,) if isinstance(patterns, str) else patterns)] or [r".*?\.[^.]*\.(\d+)\."]
+    match = next((found for text in texts if (found := expression(text).match(name))), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ class Beginning(NamedTuple):
     down: Tensor | None  # (rank, in)
     up: Tensor | None  # (out, rank)
     notes: tuple[str, ...] = ()  # what the user should know, such as replaced dead directions
+    weights: Tensor | None = None  # (rank,), descending: what each rank is worth, for an init that distributes ranks
 
 
 def stacked_beginnings(begun: Sequence[Beginning]) -> Beginning:
@@ -38,6 +39,7 @@ class Calibration:
     width: columns of the sketch, as a multiple of the rank.
     by_sample: covariance of inputs divided by each row's largest value, summed and divided by the rows (CorDA's official code).
     direct: W C may be gathered from the outputs, where that is smaller than C; False where the outputs' rounding would matter.
+    labelled: covariance over tokens whose label is not -100, where labels are as long as the rows.
     """
 
     kind: Literal["gradient", "gradient-sketch", "covariance"]
@@ -45,6 +47,7 @@ class Calibration:
     width: int = 8
     by_sample: bool = False
     direct: bool = True
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Statistics:
     covariance: (in, in), x x^T summed and divided by `divisor`, not centred.
     product: (out, in), W @ covariance, gathered directly where that is smaller than the covariance.
     energy: the trace of the covariance.
+    mean: (in,), of the inputs.
     """
 
     tokens: int
@@ -65,6 +69,7 @@ class Statistics:
     covariance: Tensor | None = None
     product: Tensor | None = None
     energy: float = 0.0
+    mean: Tensor | None = None
 
 
 class Init(ABC):
@@ -73,6 +78,10 @@ class Init(ABC):
     name: ClassVar[str]
     #: the pair's product is not zero, so a start must be subtracted (base='keep') or folded into the base (base='fold')
     moves_base: ClassVar[bool] = False
+    #: the pair's product is not zero and stays: training begins one step away from the base, and nothing is subtracted
+    steps: ClassVar[bool] = False
+    #: the factor that starts at zero, 'down' or 'up'; empty where none does
+    zero_role: ClassVar[str] = ""
     #: the frozen weight must be read
     needs_weight: ClassVar[bool] = False
     #: the init makes no pair, because the update brings its own values
@@ -84,6 +93,36 @@ class Init(ABC):
     def calibration(self) -> Calibration | None:
         """The statistics that this init needs; None where the weight and a generator are enough."""
         return None
+
+    @property
+    def nonzero(self) -> bool:
+        """Whether the pair's product is not zero, so that an update must keep it."""
+        return self.moves_base or self.steps
+
+    @property
+    def distributes(self) -> bool:
+        """Whether `distribute` decides the ranks of the sites."""
+        return False
+
+    def candidates(self, rank: int) -> int:
+        """How many ranks `begin` is asked for at a site that the recipe gives `rank`; sides of the site bound it."""
+        return rank
+
+    def distribute(self, sites: Sequence[Site], begun: "Mapping[str, Beginning]") -> dict[str, int]:
+        """Site name -> its rank, at most the candidates that began there; 0 for a site that gets no adapter."""
+        return {site.name: site.rank for site in sites}
+
+    def distributed_alpha(self, site: Site, rank: int) -> float:
+        """The alpha of a site whose rank was changed to `rank`."""
+        return site.alpha
+
+    def settled(self) -> "Init":
+        """The same init with the ranks decided: what the recipe of an adapted model has."""
+        return self
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        """What a plan should say of these sites."""
+        return []
 
     @abstractmethod
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:

@@ -37,6 +37,7 @@ class Kaiming(Init):
     """down uniform in +-1/sqrt(in), up zero."""
 
     name: ClassVar[str] = "kaiming"
+    zero_role: ClassVar[str] = "up"
 
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         if site.kind == "embedding":
@@ -49,6 +50,7 @@ class Gaussian(Init):
     """down normal with standard deviation 1/rank, up zero."""
 
     name: ClassVar[str] = "gaussian"
+    zero_role: ClassVar[str] = "up"
 
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         if site.kind == "embedding":
@@ -61,6 +63,7 @@ class Orthonormal(Init):
     """Rows of down orthonormal, times sqrt(1/3); up zero. Needs rank <= in."""
 
     name: ClassVar[str] = "orthonormal"
+    zero_role: ClassVar[str] = "up"
 
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         if site.kind == "embedding":
@@ -76,6 +79,7 @@ class RandomUp(Init):
     """down zero, up uniform in +-1/sqrt(rank): the mirror image of LoRA's start."""
 
     name: ClassVar[str] = "random-up"
+    zero_role: ClassVar[str] = "down"
 
     def begin(self, site: Site, weight: Tensor | None, statistics: Statistics | None, generator: torch.Generator) -> Beginning:
         up = _uniform((site.out_features, site.rank), 1 / math.sqrt(site.rank), generator)

@@ -99,10 +99,12 @@ def _about(folder: Path, config: Config | None) -> dict[str, Any]:
             stored = read_object(folder / name)
             about |= {mine: stored[theirs] for theirs, mine in keys.items() if stored.get(theirs)}
     for key, kind in {"model": str, "task": str, "labels": list, "seed": int}.items():
-        if about[key] is not None and not isinstance(about[key], kind):
+        if about[key] is not None and type(about[key]) is not kind:
             raise CheckpointError(
                 f"the adapter in {folder} has {key}={about[key]!r}, which is no {kind.__name__}; give the base with --model"
             )
+    if about["labels"] is not None and not all(isinstance(label, str) for label in about["labels"]):
+        raise CheckpointError(f"the adapter in {folder} has labels={about['labels']!r}, which are no names of classes; write them as text")
     if config is not None:
         about |= {"model": config.model, "task": config.task, "from_scratch": config.train.from_scratch}
     return about

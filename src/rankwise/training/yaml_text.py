@@ -6,6 +6,7 @@ from typing import Any
 from rankwise.errors import ConfigError
 
 LONGEST, MOST_VALUES = 1 << 20, 100_000  # characters of a configuration, and values in it once its aliases are followed
+DEEPEST = 50  # brackets or indents that are open at once: the scanner's work grows with the square of them
 
 # A scalar that is overridden at a deeper key becomes a mapping first: `method: lora` with method.ratio=8.
 _SCALAR_KEY = {"method": "name", "data": "train", "targets": "include"}
@@ -18,7 +19,12 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader that refuses doubled keys."""
+        """SafeLoader that refuses doubled keys, and depth before it costs anything."""
+
+        def fetch_more_tokens(self) -> Any:
+            if self.flow_level > DEEPEST or len(self.indents) > DEEPEST:
+                raise RecursionError
+            return super().fetch_more_tokens()
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()

@@ -8,11 +8,12 @@ from rankwise.updates.lowrank import LowRank, lora_slots
 from rankwise.updates.mixer import Mixer
 from rankwise.updates.none import NoUpdate
 from rankwise.updates.projected import Projected
+from rankwise.updates.randlora import RandLora
 from rankwise.updates.svd import Svd
 from rankwise.updates.vera import Vera
 
 UPDATES: dict[str, type[UpdateChoice]] = {
-    choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Deep, Projected, NoUpdate, Experts, AttentionMixture)
+    choice.name: choice for choice in (LowRank, Mixer, Vera, Svd, Deep, Projected, NoUpdate, Experts, AttentionMixture, RandLora)
 }
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "NoUpdate",
     "Part",
     "Projected",
+    "RandLora",
     "Role",
     "Site",
     "Slot",

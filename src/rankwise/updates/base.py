@@ -139,6 +139,10 @@ class UpdateChoice(ABC):
     roles: ClassVar[frozenset[str]]
     #: whether the update brings its own starting values, so that an init has no say
     own_start: ClassVar[bool] = False
+    #: the role that stands at zero in this start, so that nothing moves while it is frozen; empty where none does
+    zero_role: ClassVar[str] = ""
+    #: whether sites may use one update together: not where they draw on one pool already, or there is no pair
+    shareable: ClassVar[bool] = True
     #: whether it can take the pair of an init that moves the base all the same
     absorbs_start: ClassVar[bool] = False
     #: PEFT's type whose files the slots fill, None where PEFT has no such method
@@ -197,6 +201,16 @@ class UpdateChoice(ABC):
     def first(self, site: Site, values: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
         """Slot name -> tensor of the first experts of a site, from those of all; for an update that grows."""
         return {name: values[name] for name in self.slots(replace(site, experts=experts))}
+
+    def width_at(self, site: Site) -> int:
+        """The size of h = down @ x at a site, where it is not the rank of all experts."""
+        return site.width
+
+    def trained_factors(self, site: Site, frozen: Collection[str]) -> frozenset[str]:
+        """Which factors of the equation have a gradient at a site, given the frozen roles of the recipe: what forecasts count by. An update
+        whose tensors are not the factors themselves says so here."""
+        here = {slot.role for slot in self.slots(site).values() if slot.frozen}
+        return self.roles.difference(frozen, here)
 
     def rank_at(self, rank: int, width_out: int, width_in: int) -> int:
         """The rank of a site of these widths where a recipe asks for `rank`: an update whose rank is bounded may lower it."""

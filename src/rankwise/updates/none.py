@@ -14,6 +14,7 @@ class NoUpdate(UpdateChoice):
     module: ClassVar[Any] = None
     roles: ClassVar[frozenset[str]] = frozenset()
     own_start: ClassVar[bool] = True
+    shareable: ClassVar[bool] = False
     scaled: ClassVar[bool] = False
 
     def slots(self, site: Site) -> dict[str, Slot]:

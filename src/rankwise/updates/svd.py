@@ -71,6 +71,7 @@ class Svd(UpdateChoice):
     module: ClassVar[Any] = SvdUpdate
     roles: ClassVar[frozenset[str]] = frozenset({"down", "core", "up"})
     own_start: ClassVar[bool] = True
+    zero_role: ClassVar[str] = "core"
     absorbs_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "ADALORA"
     start: Literal["orthonormal", "gaussian"] = "orthonormal"

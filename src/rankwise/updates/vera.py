@@ -18,36 +18,19 @@ from torch import Tensor, nn
 from rankwise.equation import Factors
 from rankwise.errors import RecipeError
 from rankwise.updates.base import Part, Site, Slot, Update, UpdateChoice
+from rankwise.updates.pool import SharedPool
 
 
-class Pool(nn.Module):
-    """The shared frozen pairs. Buffers, not parameters: never trained, decayed or saved with the model's state."""
+class Pool(SharedPool):
+    """The shared frozen pairs."""
 
     def __init__(self, sites: Sequence[Site], choice: "Vera", device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.shapes = pool_shapes(sites, choice.sharing)
         self.seed = choice.seed
-        self.drawn = True  # from the seed, so that a file need not hold the projections
-        for shape in sorted(set(self.shapes.values())):
-            down, up = draw_pair(*shape, choice.seed)
-            suffix = "_".join(map(str, shape))
-            self.register_buffer(f"down_{suffix}", down.to(device, dtype), persistent=False)
-            self.register_buffer(f"up_{suffix}", up.to(device, dtype), persistent=False)
+        self.fill(device, dtype)
 
-    @torch.no_grad()
-    def take(self, **projections: Tensor) -> None:
-        """Replaces drawn projections by given ones, by buffer name: an adapter whose file brings its own."""
-        for name, projection in projections.items():
-            buffer = getattr(self, name)
-            given = projection.to(buffer)
-            if not torch.equal(buffer, given):
-                buffer.copy_(given)
-                self.drawn = False
-
-    def projections(self) -> dict[str, Tensor]:
-        """Buffer name -> projection on the CPU, in fp32 whatever the base's dtype; drawn again from the seed where it came from there."""
-        if not self.drawn:
-            return {name: buffer.float().cpu() for name, buffer in self.named_buffers()}
+    def draw(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for shape in sorted(set(self.shapes.values())):
             suffix = "_".join(map(str, shape))
@@ -118,6 +101,8 @@ class Vera(UpdateChoice):
     module: ClassVar[Any] = VeraUpdate
     roles: ClassVar[frozenset[str]] = frozenset({"core", "tail"})
     own_start: ClassVar[bool] = True
+    zero_role: ClassVar[str] = "tail"
+    shareable: ClassVar[bool] = False
     frozen: ClassVar[frozenset[str]] = frozenset({"down", "up"})
     scaled: ClassVar[bool] = False
     rank_bounded: ClassVar[bool] = False
