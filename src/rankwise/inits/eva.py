@@ -31,7 +31,7 @@ class Eva(Init):
     whiten: divides each row of `down` by the standard deviation along it, so that the parts of down @ x vary alike.
     centre: directions of the variance; False takes those of the second moment, mean included.
     label_mask: only tokens with a label count.
-    svd: 'exact', 'randomized', or 'auto': exact up to 1024 inputs, randomized above.
+    svd: 'exact', 'randomized', or 'auto': exact up to 512 inputs, randomized above.
     calibration_rows: rows of the training data to take the covariance from.
     """
 
@@ -99,8 +99,7 @@ class Eva(Init):
             raise CalibrationError(
                 f"the inputs of {site.name} do not vary over the calibration tokens; exclude this site, or give other rows"
             )
-        svd = self.svd if self.svd != "auto" else "exact" if len(c) <= 1024 else "randomized"
-        v = fix_signs(largest_directions(c, site.rank, svd, None, 4, generator))  # (in, rank)
+        v = fix_signs(largest_directions(c, site.rank, self.svd, generator))  # (in, rank)
         variances, order = (v * (c @ v)).sum(0).clamp_min(0).sort(descending=True, stable=True)
         v = v[:, order]
         dead = variances <= torch.finfo(torch.float32).eps * total
