@@ -672,7 +672,7 @@ def test_bad_input_is_refused_with_the_remedy() -> None:
         (lambda: deep(gamma=0.1), RecipeError, "gamma=0.1 belongs to variant='compressed', and variant is 'narrow'"),
         (lambda: deep(frames="identity"), RecipeError, "frames='identity' belongs to variant='compressed'"),
         (lambda: deep(gamma=-1, variant="compressed"), RecipeError, "gamma=-1 must lie between 0 .frozen frames. and 1"),
-        (lambda: deep(init="pissa"), RecipeError, "bias to low rank comes from factors that start small"),
+        (lambda: deep(init="pissa"), RecipeError, "there is no pair for an init to fill .*deep-lora the frames of init='deep-lora'"),
         (lambda: rw.recipes.lora(init="deep-lora"), RecipeError, "directions without a size.*init='lora-ga'"),
         (lambda: deep(base="fold"), RecipeError, "base=fold cannot be combined"),
         (lambda: rw.plan(llama(), deep(targets=["embed_tokens"])), rw.errors.TargetError, "embedding, which takes plain LoRA"),
