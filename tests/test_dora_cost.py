@@ -76,6 +76,11 @@ def test_what_is_kept_and_that_no_dense_weight_is_made(p: float, norm_grad: str)
             y = model(x)
         y.float().sum().backward()
     assert made_here.found == []
+    # dropout keeps where elements fall out, four bytes for each of them
+    positions = [key for key, (_, tensor) in found.items() if tensor.dtype is torch.int32]
+    assert len(positions) == bool(p)
+    for key in positions:
+        assert found.pop(key)[1].numel() < 1.5 * p * tokens * width
     grows = sorted(size for size, tensor in found.values() if tensor.numel() % tokens == 0)
     assert grows == sorted([2 * tokens * width, 2 * tokens * rank, 2 * tokens * out])
     # the rest does not grow with the tokens: gain and norm, and for the full gradient what the norm was made of, (out, rank) and smaller

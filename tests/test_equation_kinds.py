@@ -12,6 +12,7 @@ from torch import Tensor
 from rankwise import equation
 from rankwise.equation import fused_form, reference_form
 from rankwise.errors import RecipeError
+from rankwise.kernels import dropout
 from rankwise.storage.dense import DENSE
 
 torch.set_num_threads(1)
@@ -20,6 +21,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equation, "draw_seed", lambda: SEED)
+    monkeypatch.setattr(dropout, "draw_seed", lambda: SEED)
 
 
 def gates_of(x: Tensor, router: Tensor, rank: int) -> Tensor:

@@ -18,10 +18,11 @@ import rankwise as rw
 from rankwise.errors import TargetError
 from rankwise.kernels import head_loss as head_loss_module
 from rankwise.kernels.dropout import Dropped, drop, fallen_positions
+from rankwise.kernels.gain import gain_gradient, times_gain
 from rankwise.kernels.gated import ACTIVATIONS, gated, reference_gated
 from rankwise.kernels.head_loss import head_loss, reference_head_loss
 from rankwise.kernels.norm import normed, reference_normed
-from rankwise.kernels.remade import offer, source_of
+from rankwise.kernels.remade import Memo, offer, source_of
 from rankwise.lean import Lean
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -79,6 +80,81 @@ def test_what_stays_is_scaled_and_one_mask_serves_any_dtype_and_layout() -> None
     assert torch.equal(mask.of(across) == 0, kept == 0)
 
 
+class Siblings(nn.Module):
+    """Three layers that read one input, and one that reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
+
+
+def siblings() -> nn.Module:
+    torch.manual_seed(0)
+    return moved(rw.adapt(Siblings(), rw.recipes.lora(rank=2, dropout=0.1, targets="all-linear"))).train()
+
+
+def test_sites_that_read_one_input_share_a_draw_and_every_forward_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankwise.kernels import dropout
+
+    seeds: list[int] = []
+    draw = dropout.draw_seed
+    monkeypatch.setattr(dropout, "draw_seed", lambda: seeds.append(draw()) or seeds[-1])
+    model, x = siblings(), random(5, 64)
+    first, second = model(x), model(x)
+    assert len(set(seeds)) == len(seeds) == 4  # q, k and v one, o one, in each of two forwards over the very same tensor
+    assert not torch.equal(first, second)
+    seeds.clear()
+    x.add_(1)
+    model(x)
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize("around", ["block", "second"])
+def test_a_draw_does_not_cross_the_border_of_a_checkpointed_region(around: str) -> None:
+    """What is run again draws what it drew, also where a sibling stands outside: gradients are those of the loss that was computed."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x, along = siblings().double(), random(5, 64).double(), random(5, 64, seed=1).double()
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        if around == "block":
+            return checkpoint(model, x, use_reentrant=False).square().sum()
+        first = model.q_proj(x)  # type: ignore[operator]
+        inside = checkpoint(lambda x: model.k_proj(x) + model.v_proj(x), x, use_reentrant=False)  # type: ignore[operator]
+        return model.o_proj(first + inside).square().sum()  # type: ignore[operator]
+
+    leaf = x.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(loss(leaf), leaf)
+    step = 1e-6
+    # with gradients on, or checkpointing would do nothing and other draws would be shared
+    up, down = (float(loss((x + sign * step * along).requires_grad_(True)).detach()) for sign in (1, -1))
+    assert float((slope * along).sum()) == pytest.approx((up - down) / (2 * step), rel=1e-6)
+
+
+# --- gains -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "far", "biased", "rows"), itertools.product(DTYPES, (0.0, 0.1, 3.0), (False, True), (1, 3, 700)))
+def test_rows_times_a_gain_are_rounded_once(dtype: torch.dtype, far: float, biased: bool, rows: int) -> None:
+    """Against fp64: half a step of the dtype, and an eighth of it for the rounding of gain - 1; nothing at all at gain 1."""
+    y, bias = random(rows, 100, dtype=dtype), random(100, seed=1, dtype=dtype) if biased else None
+    gain = 1 + far * (2 * torch.rand(100, generator=torch.Generator().manual_seed(2)) - 1)
+    found = times_gain(y, gain, bias)
+    shift = 0 if bias is None else bias.double()
+    wanted = gain.double() * (y.double() - shift) + shift
+    steps = 1.2 * torch.finfo(dtype).eps / 2 * wanted.abs() + 4 * torch.finfo(torch.float32).eps * (gain.double() * y.double()).abs().max()
+    assert bool(((found.double() - wanted).abs() <= steps).all())
+    assert far > 0 or torch.equal(found, y)
+    g = random(rows, 100, seed=3, dtype=dtype)
+    exact = ((y.double() - shift) * g.double()).sum(0)
+    assert relative(gain_gradient(y, g, gain, bias), exact) < 1e-6
+
+
 # --- norms, gated products, remade inputs ----------------------------------------------------------------------------------------------
 
 
@@ -121,12 +197,12 @@ def test_a_gated_product_equals_plain_autograd_bit_for_bit(dtype: torch.dtype, a
 def test_an_input_is_remade_once_for_all_that_take_it_and_again_for_a_second_backward() -> None:
     made = []
 
-    def remake(a: Tensor) -> Tensor:
+    def remake(memo: Memo, a: Tensor) -> Tensor:
         made.append(1)
         return a * 2
 
     a = torch.ones(3)
-    x = offer(a * 2, remake, a)
+    x = offer(a * 2, Memo(remake), a)
     sources = [source_of(x) for _ in range(3)]
     for _ in range(2):
         for source in sources:
@@ -138,7 +214,7 @@ def test_an_input_is_remade_once_for_all_that_take_it_and_again_for_a_second_bac
 
 
 def test_an_input_that_somebody_wrote_to_is_kept_instead() -> None:
-    x = offer(torch.ones(3), torch.clone, torch.ones(3))
+    x = offer(torch.ones(3), Memo(lambda memo, a: a), torch.ones(3))
     x.mul_(3)
     assert source_of(x) is None
 

@@ -22,7 +22,6 @@ A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equ
 dtype, while the factors stand where they started.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rankwise.errors import RecipeError
-from rankwise.kernels.dropout import Dropped, draw_seed, drop
+from rankwise.kernels.dropout import Dropped, draw_seed, drop, dropped
+from rankwise.kernels.gain import gain_gradient, reference_times_gain, times_gain
 from rankwise.kernels.remade import Source, source_of
 from rankwise.storage import Storage
 
@@ -123,21 +123,21 @@ class _Project(torch.autograd.Function):
         start_down: Tensor | None,
         bias: Tensor | None,
         storage: Storage,
-        dropout: float,
-        seed: int,
+        mask: Dropped | None,
         source: Source | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         y = storage.product(x, bias, *weights)
         rows = as_rows(x).to(y.dtype)  # (tokens, in); a cast only under autocast, where x itself is what stays
-        if dropout:
-            rows = drop(rows, dropout, seed)
+        if mask is not None:
+            rows = mask.of(rows)
         h = rows @ down.to(y.dtype).T  # (tokens, rank)
         moved = None if start_down is None else rows @ (down - start_down).to(y.dtype).T
-        ctx.storage, ctx.dropout, ctx.seed, ctx.weights = storage, dropout, seed, len(weights)
-        # of the source only the memo stays on ctx: its tensors are saved, so that checkpointing can let go of them
+        ctx.storage, ctx.weights = storage, len(weights)
+        # of mask and source only numbers stay on ctx: their tensors are saved, so that checkpointing can let go of them
+        ctx.drawn, fallen = (None, None) if mask is None else ((mask.numel, mask.p, mask.seed, mask.device), mask.fallen)
         ctx.memo, kept = (None, ()) if source is None else (source.memo, source.tensors)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] and source is None else None, down, start_down, *weights, *kept)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] and source is None else None, down, start_down, fallen, *weights, *kept)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
         # `combine` writes into y: it must not count as a view made in here
@@ -147,12 +147,12 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gy, gh, gm = grads
-        x, down, start_down, *saved = ctx.saved_tensors
+        x, down, start_down, fallen, *saved = ctx.saved_tensors
         weights, kept = saved[: ctx.weights], saved[ctx.weights :]
         dx = d_down = None
         # gradient of h plus that of `moved`: both are products with `down`
         total = gh if gm is None else gm if gh is None else gh + gm
-        mask = Dropped(math.prod(ctx.shape), ctx.dropout, ctx.seed, total.device) if ctx.dropout and total is not None else None
+        mask = None if ctx.drawn is None else Dropped(*ctx.drawn, fallen=fallen)
         if ctx.needs_input_grad[1] and total is not None:
             rows = as_rows(x if ctx.memo is None else ctx.memo.get(*kept)).to(total.dtype)
             rows = rows if mask is None else mask.of(rows)
@@ -161,7 +161,7 @@ class _Project(torch.autograd.Function):
             if gy is not None:
                 dx = ctx.storage.product_t(gy, *weights)
                 dx = dx.reshape(-1, dx.shape[-1])  # (tokens, in)
-            branch = None if ctx.dropout or dx is None else dx  # where the branch's share is added, in place
+            branch = None if mask is not None or dx is None else dx  # where the branch's share is added, in place
             if total is not None:
                 # gh down + gm (down - down0) = (gh + gm) down - gm down0
                 branch = _add_product(branch, total, down, 1.0)
@@ -241,47 +241,21 @@ class _Combine(torch.autograd.Function):
         return gy, gh, gm, d_up, d_core, d_tail, None, None
 
 
-def _rows_at_once(width: int, device: torch.device) -> int:
-    """Rows whose fp32 temporaries are alive at once: on a CPU what its caches hold."""
-    return max(65536 // width, 1) if device.type == "cpu" else 1024
-
-
 class _Rescale(torch.autograd.Function):
     """y0 -> gain * (y0 - bias) + bias, in fp32: bit-exact at gain 1. y0 is the biased output, (..., out)."""
 
     @staticmethod
     def forward(ctx: Any, y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y0 if ctx.needs_input_grad[1] else None, gain, bias)
-        y = torch.empty_like(y0)
-        rows = _rows_at_once(gain.numel(), gain.device)
-        for out, z in zip(as_rows(y).split(rows), as_rows(y0).split(rows), strict=True):
-            out.copy_(rescale(z, gain, bias))
-        return y
+        return times_gain(as_rows(y0), gain, bias).view(y0.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gy,) = grads
         y0, gain, bias = ctx.saved_tensors
-        rows = _rows_at_once(gain.numel(), gain.device)
-        parts = as_rows(gy).split(rows)
-        d_y0 = torch.empty(gy.shape, dtype=gy.dtype, device=gy.device) if ctx.needs_input_grad[0] else None
-        if d_y0 is not None:
-            for out, g in zip(as_rows(d_y0).split(rows), parts, strict=True):
-                out.copy_(g * gain)
-        d_gain = None
-        if y0 is not None:
-            d_gain = torch.zeros_like(gain)
-            for g, z in zip(parts, as_rows(y0).split(rows), strict=True):
-                z = z.to(gain.dtype) if bias is None else z.to(gain.dtype) - bias.to(gain.dtype)
-                d_gain += (z * g).sum(0)  # (out,)
-        return d_y0, d_gain, None
-
-
-def rescale(y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """gain * (y0 - bias) + bias, (..., out): over base and branch, the bias left out; in the gain's dtype (fp32), rounded once to y0's."""
-    y = y0 * gain
-    return (y if bias is None else y + (1 - gain) * bias).to(y0.dtype)
+        gy = as_rows(grads[0])
+        d_y0 = times_gain(gy, gain).view(grads[0].shape) if ctx.needs_input_grad[0] else None
+        return d_y0, None if y0 is None else gain_gradient(as_rows(y0), gy, gain, bias), None
 
 
 # --- the two forms and the rule that picks one -----------------------------------------------------------------------------------------
@@ -318,10 +292,10 @@ def fused_form(
         h = _routed(shared.project(x, factors.down, y.dtype, dropout), x, route)
         y = _Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling)
     else:
-        seed = draw_seed() if dropout else 0
+        mask = dropped(x, dropout, factors.down) if dropout else None
         start_down = None if start is None else start.down
         source = source_of(x) if factors.down.requires_grad else None
-        y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, dropout, seed, source, *weights)
+        y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, mask, source, *weights)
         core = factors.core
         h, moved = _routed(h, x, route), None if moved is None else _routed(moved, x, route)
         if token_core is not None:
@@ -385,7 +359,7 @@ def reference_form(
             moved = _times(rows, factors.down - start.down, y.dtype)
             y = y + F.linear(moved if route is None else moved * route.to(moved.dtype), start_up.to(y.dtype))
         y = y + F.linear(h.to(y.dtype), up.to(y.dtype))
-    return y if gain is None else rescale(y, gain, bias)
+    return y if gain is None else reference_times_gain(y, gain, bias)
 
 
 def _times(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:

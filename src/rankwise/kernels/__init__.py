@@ -2,4 +2,5 @@
 
 `remade` lets a site remake its input in the backward instead of keeping it; `norm` and `gated` make such inputs; `head_loss` is the
 cross-entropy over a frozen output head; `dropout` draws only the elements that fall out, twice, and keeps no mask.
+`gain` multiplies rows by a gain in one pass.
 """

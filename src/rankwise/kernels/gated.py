@@ -4,6 +4,7 @@ Plain autograd keeps act(gate) too, and a site behind it keeps the product: 8 by
 those of plain autograd, bit for bit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.kernels.remade import offer
+from rankwise.kernels.remade import Memo, offer
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up, (..., width); activation is one of `ACTIVATIONS`."""
-    return offer(_Gated.apply(gate, up, activation), _PRODUCTS[activation], gate, up)
+    memo = Memo(_REMAKES[activation])
+    return offer(_Gated.apply(gate, up, activation, memo), memo, gate, up)
 
 
 def reference_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -32,26 +34,22 @@ def _act(gate: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    return reference_gated(gate, up, "silu")
+def _remake(activation: str) -> Callable[[Memo, Tensor, Tensor], Tensor]:
+    def product(memo: Memo, gate: Tensor, up: Tensor) -> Tensor:
+        memo.aside = _act(gate, activation)  # `_Gated` comes next and needs it too
+        return memo.aside * up
+
+    return product
 
 
-def _gelu_product(gate: Tensor, up: Tensor) -> Tensor:
-    return reference_gated(gate, up, "gelu")
-
-
-def _gelu_tanh_product(gate: Tensor, up: Tensor) -> Tensor:
-    return reference_gated(gate, up, "gelu_tanh")
-
-
-_PRODUCTS = {"silu": _silu_product, "gelu": _gelu_product, "gelu_tanh": _gelu_tanh_product}
+_REMAKES = {activation: _remake(activation) for activation in ACTIVATIONS}
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, memo: Memo) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.activation, ctx.memo = activation, memo
         return reference_gated(gate, up, activation)
 
     @staticmethod
@@ -60,12 +58,13 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         (dy,) = grads
         d_gate = d_up = None
+        act, ctx.memo.aside = ctx.memo.aside, None
         if ctx.needs_input_grad[1]:
-            d_up = dy * _act(gate, ctx.activation)
+            d_up = dy * (_act(gate, ctx.activation) if act is None else act)
         if ctx.needs_input_grad[0]:
             slope = dy * up
             if ctx.activation == "silu":
                 d_gate = torch.ops.aten.silu_backward(slope, gate)
             else:
                 d_gate = torch.ops.aten.gelu_backward(slope, gate, approximate="tanh" if ctx.activation == "gelu_tanh" else "none")
-        return d_gate, d_up, None
+        return d_gate, d_up, None, None

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.kernels.remade import offer
+from rankwise.kernels.remade import Memo, offer
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
     """y (..., width) for x (..., width) and weight (width,); `one_plus` is Gemma's form."""
     y, rstd = _Norm.apply(x, weight, eps, one_plus)
-    return offer(y, _gemma if one_plus else _llama, x, rstd, weight)
+    return offer(y, Memo(_remade_gemma if one_plus else _remade_llama), x, rstd, weight)
 
 
 def reference_normed(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
@@ -34,6 +34,14 @@ def _llama(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 
 def _gemma(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return ((x.float() * rstd) * (1.0 + weight.float())).type_as(x)
+
+
+def _remade_llama(memo: Memo, *tensors: Tensor) -> Tensor:
+    return _llama(*tensors)
+
+
+def _remade_gemma(memo: Memo, *tensors: Tensor) -> Tensor:
+    return _gemma(*tensors)
 
 
 class _Norm(torch.autograd.Function):

@@ -15,18 +15,22 @@ _ATTRIBUTE = "_rankwise_source"
 
 
 class Memo:
-    """Remakes one tensor for all its takers and lets go of it after the last one. Holds no tensor of the forward."""
+    """Remakes one tensor for all its takers and lets go of it after the last one. Holds no tensor of the forward.
+
+    `remake` is called with the memo itself and the source's tensors.
+    """
 
     def __init__(self, remake: Callable[..., Tensor]) -> None:
         self.remake = remake
         self.takers = 0
         self.left = 0
         self.made: Tensor | None = None
+        self.aside: Tensor | None = None  # made on the way, for the backward of whoever offered the tensor
 
     def get(self, *tensors: Tensor) -> Tensor:
         """The tensor, from its source's tensors, once for each taker."""
         if self.made is None:
-            self.made, self.left = self.remake(*tensors), self.takers
+            self.made, self.left = self.remake(self, *tensors), self.takers
         made, self.left = self.made, self.left - 1
         if self.left <= 0:
             self.made = None
@@ -41,9 +45,9 @@ class Source(NamedTuple):
     version: int
 
 
-def offer(made: Tensor, remake: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Marks `made` as equal, bit for bit, to remake(*tensors), whose tensors live as long as the graph; returns it."""
-    setattr(made, _ATTRIBUTE, Source(Memo(remake), tuple(tensor.detach() for tensor in tensors), made._version))
+def offer(made: Tensor, memo: Memo, *tensors: Tensor) -> Tensor:
+    """Marks `made` as equal, bit for bit, to memo.remake(memo, *tensors), whose tensors live as long as the graph; returns it."""
+    setattr(made, _ATTRIBUTE, Source(memo, tuple(tensor.detach() for tensor in tensors), made._version))
     return made
 
 
