@@ -403,6 +403,47 @@ def test_a_fused_loss_leaves_every_other_call_alone() -> None:
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 9)
 
 
+def test_trl_asks_for_its_own_numbers_and_accelerate_wraps_the_forward() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, ids = causal(), token_ids()
+    batch = {"input_ids": ids, "labels": ids}
+    own = gradients(model, batch)
+    add_fused_lm_head(rw.fuse_loss(model))
+    answered = model(**batch, fused_lm_head=True)
+    assert answered.log_probs is not None
+    assert float(answered.loss.detach()) == pytest.approx(own[0], rel=1e-6)
+    assert model(**batch).logits.shape == (2, 0, VOCABULARY)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert gradients(model, batch)[0] == pytest.approx(own[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_blocks_compile_one_by_one_without_breaks_and_are_not_compiled_again(method: str) -> None:
+    """Whole graphs for forward and backward of every block; a second step with other numbers compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    model = moved(rw.adapt(llama(), getattr(rw.recipes, method)(rank=2, targets="all-linear"))).train()
+    rw.fuse_loss(model)
+    batches = [{"input_ids": token_ids(seed=seed), "labels": token_ids(seed=seed)} for seed in (1, 2)]
+    eager = [gradients(model, batch) for batch in batches]
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    found = [gradients(model, batches[0])]
+    graphs = counters["stats"]["unique_graphs"]
+    found.append(gradients(model, batches[1]))
+    assert graphs
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    for mine, theirs in zip(found, eager, strict=True):
+        assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
+        assert all(relative(mine[1][name], theirs[1][name]) < 1e-4 for name in theirs[1] if float(theirs[1][name].norm()) > 1e-9)
+    torch._dynamo.reset()
+
+
 def test_a_call_that_fails_leaves_nothing_behind() -> None:
     model, ids = rw.fuse_loss(causal()), token_ids()
     with pytest.raises(Exception, match=r".*"):

@@ -116,6 +116,7 @@ def _fusable(model: nn.Module) -> bool:
 def _take_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
     called = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    called = called and not kwargs.get("fused_lm_head")  # TRL's trainers ask the forward for per-token numbers of their own
     if labels is None or not called or kwargs.get("logits_to_keep") is not None or not _fusable(model):
         return None
     targets = labels if shifted is None else shifted
