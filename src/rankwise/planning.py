@@ -135,6 +135,9 @@ class Plan:
     def saved_bytes_per_token(self, element: int = 2) -> int:
         """Bytes that the adapters keep for the backward per token: each distinct input once, each projection, what the gain needs.
 
+        Behind norms and gated products that are lean (`lean.py`) inputs are made again instead of kept: there it is an upper bound.
+        Positions of dropout, 4 p bytes for each element of an input, come on top.
+
         Args:
             element: bytes of one activation (2 for bf16, 4 for fp32).
         """

@@ -117,8 +117,8 @@ def plan_text(plan: "Plan", width: int = 110) -> str:
     saved = human_bytes(plan.saved_bytes_per_token())
     flops = plan.flops_per_token
     console.print(
-        f"Per token  the adapters keep {saved} for the backward (bf16); the adapted layers take {human_count(flops['frozen base'])}FLOP, "
-        f"the branch {human_count(flops['branch'])}FLOP"
+        f"Per token  the adapters keep at most {saved} for the backward (bf16); "
+        f"the adapted layers take {human_count(flops['frozen base'])}FLOP, the branch {human_count(flops['branch'])}FLOP"
     )
     for note in plan.notes:
         console.print(f"Note  {note}", markup=False)
