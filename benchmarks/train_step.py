@@ -41,17 +41,17 @@ def saved_bytes(contender: Contender) -> int:
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    alive: list[Tensor] = []  # or a later tensor could stand where an earlier one stood
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**contender.call).loss
-    total = sum(seen.values())
-    del loss
-    return total
+    def pack(tensor: Tensor) -> None:  # the graph gets nothing back: an output that it kept would keep the graph in turn
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        model(**contender.call)
+    return sum(seen.values())
 
 
 @contextmanager
@@ -189,6 +189,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         contenders |= {f"{key}: {name}": contender for name, contender in made.items()}
     times = interleave({name: contender.step for name, contender in contenders.items()}, options.rounds, options.warmup)
     rows = []
+    for name in times:
+        print(f"{name}: {1000 * min(times[name]):.0f} ms at best", file=sys.stderr, flush=True)
     for name, contender in contenders.items():
         case, _, who = name.partition(": ")
         row: dict[str, Any] = {"case": case, "who": who or case, **spread(times[name])}
