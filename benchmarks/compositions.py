@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def fields(changes: Mapping[str, str]) -> dict[str, Any]:
     return FIELDS | made | {"frozen": frozenset(filter(None, [chosen["frozen"]]))}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reason(changes: tuple[Value, ...]) -> str | None:
     error = refusal(**fields(dict(changes)))
     return None if error is None else str(error)
@@ -93,8 +93,7 @@ def companions() -> dict[str, tuple[str, ...]]:
     """Axis -> the values that some value of another axis needs beside it: what completions are made of."""
     needed: dict[str, set[str]] = {axis: set() for axis in VALUES}
     for axis, name in values():
-        whole = {other: names for other, names in VALUES.items()}
-        made = next((made for made in completions({axis: name}, whole, 3) if reason(made) is None), None)
+        made = next((made for made in completions({axis: name}, VALUES, 3) if reason(made) is None), None)
         if made is None:
             raise SystemExit(f"no legal recipe has {axis}={name!r}")
         for other, value in made.items():
@@ -102,7 +101,7 @@ def companions() -> dict[str, tuple[str, ...]]:
     return {axis: tuple(name for name in VALUES[axis] if name in needed[axis]) for axis in VALUES}
 
 
-@lru_cache(maxsize=None)
+@cache
 def recipe_of(pair: tuple[Value, Value]) -> tuple[dict[str, str] | None, str | None]:
     """The choices that a pair is trained with, or None and why it is refused."""
     fixed = dict(pair)
@@ -246,7 +245,7 @@ def plot(made: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import TwoSlopeNorm
 
     names = [f"{axis}={name or 'nothing'}" for axis, name in values()]
     place = {name: index for index, name in enumerate(names)}
@@ -261,7 +260,7 @@ def plot(made: Mapping[str, Any], path: Path) -> None:
                 marks["resume differed"].append((across, down))
         else:
             marks["refused" if "refused" in row else "not run" if "not run" in row else "failed"].append((across, down))
-    shown = axes.imshow(grid.numpy(), cmap="RdYlBu", norm=Normalize(-1.5, 1.5))
+    shown = axes.imshow(grid.numpy(), cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -4.0, 1.0))
     looks = {"refused": (".", "#999999"), "failed": ("x", "red"), "resume differed": ("o", "black"), "not run": ("_", "#cccccc")}
     for kind, (marker, colour) in looks.items():
         if marks[kind]:

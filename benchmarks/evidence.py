@@ -6,9 +6,9 @@
     python -m benchmarks.evidence --status                       # what is there, what is left
     python -m benchmarks.evidence --report                       # docs/evidence.md and its plot from what is there
 
-A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps; the one with the lowest loss on
-rows kept for that is trained at full length with three seeds. Each run leaves one JSON under benchmarks/results/evidence/, in one rename, and is
-not run again. Needs torch and transformers beside rankwise; takes a GPU where there is one.
+A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps; the one with the lowest loss
+on rows kept for that is trained at full length with three seeds. Each run leaves one JSON under benchmarks/results/evidence/, in one
+rename, and is not run again. Needs torch and transformers beside rankwise; takes a GPU where there is one.
 """
 
 import argparse

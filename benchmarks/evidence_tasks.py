@@ -110,7 +110,8 @@ def _part(encoded: Any, indices: Sequence[int]) -> Part:
 
 
 def _sections(task: Task, read: Sequence[Rows | None], tokenizer: Any) -> tuple[list[Part], tuple[str, ...]]:
-    assert read[0] is not None and read[1] is not None
+    assert read[0] is not None
+    assert read[1] is not None
     train = encode_classification(read[0], tokenizer, task.max_length)
     test = encode_classification(read[1], tokenizer, task.max_length, train.names)
     each, kept, held = -(-task.validation // len(train.names)), [], []

@@ -10,9 +10,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent / "contract"))
 
+from test_axes import LEGAL
+
 from benchmarks import compositions
 from benchmarks.evidence_tasks import SHORT, load, rows_of
-from test_axes import LEGAL
 
 AXES = ("update", "gain", "init", "gradient", "base", "frozen")
 
