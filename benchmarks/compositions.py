@@ -36,7 +36,7 @@ from rankwise.recipe import AXES, Recipe, refusal
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-STEPS, MIDDLE, BATCH, BATCHES, LENGTH = 50, 25, 2, 8, 32
+STEPS, MIDDLE, BATCH, BATCHES, LENGTH, PROMPT = 50, 25, 2, 8, 32, 8  # what routes by the prompt needs one
 FIELDS: dict[str, Any] = {"rank": 4, "lr": 2e-3, "targets": ["q_proj", "k_proj", "down_proj"]}
 #: a value with other options than its own defaults, and why: AdaLoRA's default target is above the rank here
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {("schedule", "adalora"): {"name": "adalora", "target_rank": 2}}
@@ -120,7 +120,8 @@ def label(made: Mapping[str, str]) -> str:
 def batches(data: Data, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """The rows that come again and again: the shortest, so that the map is quick."""
     shortest = sorted(data.train, key=lambda row: len(row["input_ids"]))[: BATCH * BATCHES]
-    rows = Part({"input_ids": row["input_ids"][:LENGTH], "labels": row["input_ids"][:LENGTH]} for row in shortest)
+    cut = [row["input_ids"][:LENGTH] for row in shortest]
+    rows = Part({"input_ids": ids, "labels": [-100] * PROMPT + ids[PROMPT:]} for ids in cut)
     return [{key: value.to(device) for key, value in data.collate(rows[at : at + BATCH]).items()} for at in range(0, len(rows), BATCH)]
 
 

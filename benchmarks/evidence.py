@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ def contender(run: Run, task: Task, data: Data) -> tuple[nn.Module, Any]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return model, torch.optim.AdamW(trained, lr=run.lr, weight_decay=0.0, fused=True) if trained else None
     recipe = RECIPES[run.method](**OPTIONS.get(run.method, {})).replace(seed=run.seed, lr=run.lr, modules_to_save=heads)
+    recipe = recipe.replace(targets=replace(recipe.targets, exclude=(*recipe.targets.exclude, *task.exclude)))
     config = make_config(
         {"model": task.model, "task": task.kind, "data": "demo", "method": "lora", "seed": run.seed, "output": "unused"},
         [f"train.batch_size={task.batch}"],

@@ -38,7 +38,15 @@ def test_every_refusal_has_the_reason_of_the_legality_table() -> None:
     assert all(why is not None and " cannot be combined with " in why for why in refused)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gain": "dora", "init": "pissa"}, {"update": "adalora", "init": "own", "schedule": "adalora"}])
+CHANGES = [
+    {},
+    {"gain": "dora", "init": "pissa"},
+    {"update": "adalora", "init": "own", "schedule": "adalora"},
+    {"schedule": "lora-drop", "routing": "milora-mixture"},  # the probe needs rows for the gates' second level too
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
 def test_a_line_of_the_map(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(compositions, "STEPS", 6)
