@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint bench setup clean
+.PHONY: demo test test-all lint bench evidence setup clean
 
 demo: .venv/ready
 	$(BIN)/rankwise demo
@@ -22,6 +22,12 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step
+
+# hours on 2 cores, minutes on a GPU; goes on where it was stopped
+evidence: .venv/ready
+	$(BIN)/python -m benchmarks.evidence
+	$(BIN)/python -m benchmarks.compositions
+	$(BIN)/python -m benchmarks.evidence --report
 
 setup: .venv/ready
 

@@ -87,7 +87,8 @@ def _train(model: nn.Module, batches: Sequence[Mapping[str, Any]], steps: int) -
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.eval()  # running statistics belong to the base
-    stepping = optimizer(model, total_steps=max(1, steps))
+    # what learns on a second level takes its steps on the sample too: it is thrown away with the rest
+    stepping = optimizer(model, total_steps=max(1, steps), validation=batches)
     trained = [p for p in model.parameters() if p.requires_grad]
     for step in range(steps):
         loss = loss_of(model(**batches[step % len(batches)]))

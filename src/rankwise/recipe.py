@@ -315,3 +315,14 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(f"{row.first} cannot be combined with {row.second}: {row.reason}")
     if recipe.gradient.name == "lora-plus" and "down" in recipe.frozen_roles and recipe.update.name == "lora":
         warnings.warn("lora-plus with a frozen `down` only multiplies the learning rate of `up`; raise lr instead", stacklevel=3)
+
+
+def refusal(**fields: Any) -> RecipeError | None:
+    """Why these fields make no recipe, or None where they do: what enumerates combinations asks here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Recipe().replace(**fields)
+    except RecipeError as error:
+        return error
+    return None

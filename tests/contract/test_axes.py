@@ -15,7 +15,7 @@ from rankwise.errors import RecipeError, TargetError
 from rankwise.gains import GAINS
 from rankwise.gradients import GRADIENTS
 from rankwise.inits import INITS
-from rankwise.recipe import LEGALITY, Recipe
+from rankwise.recipe import LEGALITY, Recipe, refusal
 from rankwise.schedules import Schedule
 from rankwise.sites import adapted_sites
 from rankwise.storage import STORAGES, NF4Linear
@@ -31,17 +31,6 @@ SCHEDULE_OF = {"galore": "galore"}
 COMBINATIONS = list(itertools.product(UPDATES, GAINS, INITS, GRADIENTS, ("keep", "fold"), ((), ("down",))))
 
 
-def refusal(fields: dict[str, Any]) -> RecipeError | None:
-    """The error that a recipe of these fields raises, or None."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Recipe().replace(**fields)
-    except RecipeError as error:
-        return error
-    return None
-
-
 def fields_of(update: str, gain: str, init: str, gradient: str, base: str, frozen: tuple[str, ...]) -> dict[str, Any]:
     fields = {"update": update, "gain": gain, "init": init, "gradient": gradient, "base": base, "frozen": frozenset(frozen)}
     return FIELDS | fields | {"schedule": SCHEDULE_OF.get(update, "none")}
@@ -49,7 +38,7 @@ def fields_of(update: str, gain: str, init: str, gradient: str, base: str, froze
 
 # ten tokens, for inits that ask: other inits do not read them
 CALIBRATION = [{"input_ids": token_ids(rows=2, length=5, seed=9), "labels": token_ids(rows=2, length=5, seed=9)}]
-REFUSALS = {combination: refusal(fields_of(*combination)) for combination in COMBINATIONS}
+REFUSALS = {combination: refusal(**fields_of(*combination)) for combination in COMBINATIONS}
 LEGAL = [combination for combination, error in REFUSALS.items() if error is None]
 ILLEGAL = [combination for combination, error in REFUSALS.items() if error is not None]
 
