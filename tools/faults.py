@@ -1,0 +1,218 @@
+"""Planted faults: is there a test for everything that could go wrong here?
+
+`python tools/faults.py` plants every fault of tests/faults/*.toml, one at a time, in a copy of src and tests, and runs the few tests that must
+notice it. A fault is caught where one of them fails by an assertion: a crash, or a test that cannot be collected, does not count. Exit code 1
+if one survives.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIST = ROOT / "tests" / "faults"
+SOURCE = Path("src") / "rankwise"
+SECONDS = 240  # of one fault's tests, which take a few
+
+# Loaded into pytest: refuses another package than the copy's, and writes down how each test ended.
+PLUGIN = '''
+import json, os, sys
+from pathlib import Path
+import pytest
+
+_ENDED = {}
+
+def pytest_configure(config):
+    import rankwise
+    assert Path(rankwise.__file__).resolve().is_relative_to(Path(os.environ["FAULTS_TREE"]).resolve()), rankwise.__file__
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed:
+        kind = call.excinfo.type
+        asserted = issubclass(kind, (AssertionError, pytest.fail.Exception)) and "Timeout" not in str(call.excinfo.value)[:20]
+        _ENDED[item.nodeid] = ("assertion " if asserted and call.when == "call" else "error ") + kind.__name__
+    elif report.when == "call" and report.passed:
+        _ENDED.setdefault(item.nodeid, "passed")
+
+def pytest_sessionfinish(session):
+    Path(os.environ["FAULTS_ENDED"]).write_text(json.dumps(_ENDED))
+'''
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: in `file`, `text` (there exactly once) becomes `instead`, and one of `tests` must fail."""
+
+    name: str
+    file: str  # below src/rankwise
+    text: str
+    instead: str
+    tests: tuple[str, ...]  # below tests/, as pytest names them
+    why: str
+
+    def planted(self, content: str) -> str:
+        """The file's content with the fault in it.
+
+        Raises:
+            ValueError: the text is not there exactly once.
+        """
+        count = content.count(self.text)
+        if count != 1 or self.text == self.instead:
+            raise ValueError(f"fault {self.name!r}: its text stands {count} times in {self.file}, and must stand there once; mend the list")
+        return content.replace(self.text, self.instead)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of one fault."""
+
+    fault: Fault
+    caught: bool
+    how: str  # the test that failed and by what, or what happened instead
+    seconds: float
+
+
+def read_faults(folder: Path = LIST) -> list[Fault]:
+    """All faults of the list, in its order.
+
+    Raises:
+        ValueError: two of one name, or an entry that lacks something.
+    """
+    faults: list[Fault] = []
+    for path in sorted(folder.glob("*.toml")):
+        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["fault"]:
+            if set(entry) != {"name", "file", "text", "instead", "tests", "why"}:
+                raise ValueError(f"{path}: {entry.get('name')!r} has the keys {sorted(entry)}")
+            faults.append(Fault(**{**entry, "tests": tuple(entry["tests"])}))
+    names = [fault.name for fault in faults]
+    if double := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two faults are named {', '.join(sorted(double))}")
+    return faults
+
+
+def copy_tree(target: Path, source: Path = ROOT) -> Path:
+    """A copy of src and tests; what is no Python is linked. File times stay, so that byte code goes with its source."""
+
+    def take(one: str, other: str) -> object:
+        return shutil.copy2(one, other) if one.endswith((".py", ".pyc")) else os.symlink(os.path.realpath(one), other)
+
+    for name in ("src", "tests"):
+        shutil.copytree(source / name, target / name, copy_function=take, ignore=shutil.ignore_patterns("*.egg-info", ".pytest_cache"))
+    shutil.copy2(ROOT / "pyproject.toml", target / "pyproject.toml")
+    (target / "faults_plugin.py").write_text(PLUGIN)
+    return target
+
+
+def run_tests(tree: Path, tests: Sequence[str], first: bool = True) -> tuple[dict[str, str], str]:
+    """(test -> how it ended, the end of what was printed) of tests over a tree; `first` stops at the first that fails."""
+    ended = tree / "ended.json"
+    ended.unlink(missing_ok=True)
+    paths = os.pathsep.join([str(tree / "src"), str(tree)])
+    more = {"PYTHONPATH": paths, "FAULTS_TREE": str(tree), "FAULTS_ENDED": str(ended), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "pytest", "-p", "faults_plugin", "-n", "0", "-q", "--durations", "0", "-p", "no:cacheprovider"]
+    words += [*(["-x"] if first else []), *(f"tests/{test}" for test in tests)]
+    try:
+        limit = SECONDS if first else None
+        done = subprocess.run(words, cwd=tree, env={**os.environ, **more}, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {}, f"no end within {SECONDS} s"
+    text = (done.stdout + done.stderr).strip()
+    return json.loads(ended.read_text()) if ended.is_file() else {}, text
+
+
+def broken_selections(tree: Path, selections: set[str], jobs: int) -> dict[str, str]:
+    """Selection -> why it is no measure of a fault: it fails, or runs nothing, without one. All are run once, file by file."""
+    files: dict[str, list[str]] = {}
+    for selection in sorted(selections):
+        files.setdefault(selection.partition("::")[0], []).append(selection)
+    shares: list[list[str]] = [[] for _ in range(jobs)]
+    for number, each in enumerate(sorted(files.values(), key=len, reverse=True)):
+        shares[number % jobs] += each
+    trees = [tree, *(copy_tree(tree.parent / f"{tree.name}-{number}", tree) for number in range(1, jobs))]
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda pair: run_tests(pair[0], pair[1], first=False), zip(trees, shares, strict=True)))
+    ended = {test: how for found, _ in results for test, how in found.items()}
+    broken = {}
+    for selection in selections:
+        mine = {test: how for test, how in ended.items() if _belongs(test, f"tests/{selection}")}
+        failed = [f"{test}: {how}" for test, how in mine.items() if how != "passed"]
+        if failed or not mine:
+            broken[selection] = failed[0] if failed else "it runs no test: " + results[0][1][-300:]
+    return broken
+
+
+def _belongs(test: str, selection: str) -> bool:
+    return test == selection or test.startswith((f"{selection}[", f"{selection}::"))
+
+
+def plant(fault: Fault, clean: Path, folder: Path) -> Found:
+    """Plants one fault in a fresh copy of a clean tree and runs its tests."""
+    began = time.perf_counter()
+    tree = copy_tree(folder / fault.name, clean)
+    path = tree / SOURCE / fault.file
+    path.write_text(fault.planted(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for stale in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        stale.unlink()  # byte code of the source without the fault, which a clock of whole seconds might not tell apart
+    ended, text = run_tests(tree, fault.tests)
+    shutil.rmtree(tree, ignore_errors=True)
+    failed = [(test, how) for test, how in ended.items() if how != "passed"]
+    caught = bool(failed) and failed[0][1].startswith("assertion ")
+    how = " ".join(failed[0]) if failed else "all its tests pass" if ended else text[-300:]
+    return Found(fault, caught, how.removeprefix("tests/"), time.perf_counter() - began)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the suite, or a part of it; 1 if a fault survives."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="NAME", help="one fault, or all whose names begin so; may be repeated")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at once")
+    parser.add_argument("--list", action="store_true", help="print the list and run nothing")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    given = parser.parse_args(argv)
+    faults = [fault for fault in read_faults() if not given.only or fault.name.startswith(tuple(given.only))]
+    for fault in faults:
+        fault.planted((ROOT / SOURCE / fault.file).read_text(encoding="utf-8"))
+    if given.list:
+        for fault in faults:
+            print(f"{fault.name:44} {fault.file:36} {fault.why}")
+        print(f"{len(faults)} faults")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        clean = copy_tree(Path(name) / "clean")
+        broken = broken_selections(clean, {test for fault in faults for test in fault.tests}, given.jobs)
+        for selection, why in broken.items():
+            print(f"without a fault: {selection} does not pass: {why}")
+        if broken:
+            return 1
+        with ThreadPoolExecutor(given.jobs) as pool:
+            found = []
+            for one in pool.map(lambda fault: plant(fault, clean, Path(name)), faults):
+                found.append(one)
+                print(f"{'caught  ' if one.caught else 'SURVIVED'} {one.fault.name:44} {one.seconds:5.1f} s  {one.how}", flush=True)
+    survivors = [one.fault.name for one in found if not one.caught]
+    print(f"{len(found) - len(survivors)} of {len(found)} planted faults caught" + (f"; survived: {', '.join(survivors)}" if survivors else ""))
+    if given.json:
+        given.json.write_text(json.dumps(_result(found), indent=1) + "\n", encoding="utf-8")
+    return 1 if survivors else 0
+
+
+def _result(found: Sequence[Found]) -> dict[str, Any]:
+    rows = [{"name": one.fault.name, "file": one.fault.file, "caught": one.caught, "by": one.how} for one in found]
+    return {"command": "make faults", "planted": len(found), "caught": sum(one.caught for one in found), "faults": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
