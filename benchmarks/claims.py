@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from benchmarks.evidence_results import Evidence, Row, difference, results_of
+from benchmarks.evidence_results import RESAMPLES, Difference, Evidence, Row, difference, results_of
 
 MARGIN = 0.01  # relative: what counts as the same quality
 
@@ -91,13 +91,13 @@ def as_good(method: str, other: str = "lora", parameters: float | None = None, o
 
 
 def curve(row: Row, seeds: list[int]) -> numpy.ndarray:
-    """Training loss of each step, mean over seeds, smoothed over five steps."""
-    raw = numpy.mean([row.runs[seed]["losses"] for seed in seeds], axis=0)
-    return numpy.array([raw[max(0, step - 4) : step + 1].mean() for step in range(len(raw))])
+    """Training loss of each step, mean over seeds."""
+    return numpy.mean([row.runs[seed]["losses"] for seed in seeds], axis=0)
 
 
 def faster(method: str, other: str = "lora") -> Rule:
-    """On the same batches the other's final training loss is reached in at most three quarters of the steps."""
+    """On the same batches a lower training loss, mean over the run, the whole interval over steps below 0. Steps are compared in pairs: in
+    one pass the batches differ more from each other than the methods do, so the step at which a loss is first reached says little."""
 
     @needs(method, other)
     def decide(evidence: Evidence) -> Verdict:
@@ -105,10 +105,11 @@ def faster(method: str, other: str = "lora") -> Rule:
         seeds = [seed for seed in mine.runs if seed in its.runs]
         if not seeds:
             return Verdict("not run", "no seed in common")
-        one, two = curve(mine, seeds), curve(its, seeds)
-        reached = next((step + 1 for step, loss in enumerate(one) if loss <= two[-1]), None)
-        when = "never" if reached is None else f"after {reached} of {len(two)} steps"
-        return shown(reached is not None and reached <= 0.75 * len(two), f"{other}'s final training loss {two[-1]:.3f} is reached {when}")
+        gaps = curve(mine, seeds) - curve(its, seeds)
+        drawn = numpy.random.default_rng(0).integers(0, len(gaps), (RESAMPLES, len(gaps)))
+        low, high = numpy.percentile(gaps[drawn].mean(1), [2.5, 97.5])
+        gap = Difference(float(gaps.mean()), float(low), float(high))
+        return shown(gap.high < 0, f"training loss less {other}'s, mean over {len(gaps)} steps {gap}")
 
     return decide
 
@@ -175,7 +176,9 @@ CLAIMS: tuple[Claim, ...] = (
         untestable("the table has rank 16, where it is LoRA with twice its scaling"),
     ),
     Claim("qlora", "4 bits without loss of quality", "Its test loss is at most 1% above LoRA's.", as_good("qlora")),
-    Claim("lora-plus", "up to twice as fast", "It reaches LoRA's final training loss in 3/4 of the steps.", faster("lora-plus")),
+    Claim(
+        "lora-plus", "up to twice as fast", "On the same batches its training loss is below LoRA's, mean over the run.", faster("lora-plus")
+    ),
     Claim(
         "lora-fa",
         "the same quality with a frozen down",
@@ -184,10 +187,19 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim("lora-pro", "closes the gap to full fine-tuning", "Its test loss is nearer to full fine-tuning's.", nearer_to_full("lora-pro")),
     Claim("dora", "better than LoRA", "Its test loss is below LoRA's.", better("dora")),
-    Claim("pissa", "converges faster than LoRA", "It reaches LoRA's final training loss in 3/4 of the steps.", faster("pissa")),
+    Claim(
+        "pissa", "converges faster than LoRA", "On the same batches its training loss is below LoRA's, mean over the run.", faster("pissa")
+    ),
     Claim("milora-svd", "forgets less than LoRA", "Its loss on general text after training is below LoRA's.", forgets_less("milora-svd")),
-    Claim("olora", "converges faster than LoRA", "It reaches LoRA's final training loss in 3/4 of the steps.", faster("olora")),
-    Claim("lora-ga", "2 to 4 times as fast as LoRA", "It reaches LoRA's final training loss in 3/4 of the steps.", faster("lora-ga")),
+    Claim(
+        "olora", "converges faster than LoRA", "On the same batches its training loss is below LoRA's, mean over the run.", faster("olora")
+    ),
+    Claim(
+        "lora-ga",
+        "2 to 4 times as fast as LoRA",
+        "On the same batches its training loss is below LoRA's, mean over the run.",
+        faster("lora-ga"),
+    ),
     Claim("corda", "its 'ipm' is better than LoRA and PiSSA", "Its test loss is below PiSSA's.", better("corda", "pissa")),
     Claim("moslora", "better than LoRA", "Its test loss is below LoRA's.", better("moslora")),
     Claim(
@@ -236,7 +248,12 @@ CLAIMS: tuple[Claim, ...] = (
         as_good("galore", "full", optimizer=0.7),
     ),
     Claim("eva", "better than LoRA", "Its test loss is below LoRA's.", better("eva")),
-    Claim("lora-one", "faster and better than LoRA", "It reaches LoRA's final training loss in 3/4 of the steps.", faster("lora-one")),
+    Claim(
+        "lora-one",
+        "faster and better than LoRA",
+        "On the same batches its training loss is below LoRA's, mean over the run.",
+        faster("lora-one"),
+    ),
     Claim(
         "randlora",
         "full rank at LoRA's number of parameters",

@@ -57,8 +57,12 @@ class Difference:
 
 
 def difference(mine: Row, other: Row, part: str = "test", column: int = 0) -> Difference:
-    """Paired over the rows, on the seeds that both have: rows are drawn again with replacement, both sides alike."""
-    seeds = [seed for seed in mine.runs if seed in other.runs] or None
+    """Paired over the rows, on the seeds that both have (all of one against a base that does not train).
+
+    Rows are drawn again with replacement, both sides alike.
+    """
+    still = any(run["steps"] == 0 for row in (mine, other) for run in row.runs.values())  # what does not train has no seeds
+    seeds = None if still else [seed for seed in mine.runs if seed in other.runs]
     one = mine.rows(part, seeds or list(mine.runs))
     two = other.rows(part, seeds or list(other.runs))
     gaps, weights = one[:, column] - two[:, column], one[:, 1]
