@@ -125,6 +125,14 @@ def test_mixtures_are_refused_or_held_still_and_measured(case: str, tmp_path: Pa
     assert "gates held at their mean" in done.text()
 
 
+def test_a_rank_that_servers_take_is_not_padded() -> None:
+    from rankwise.checkpoint.servable import padded_rank
+
+    assert [padded_rank(rank) for rank in (1, 8, 9, 16, 64, 257, 512)] == [8, 8, 16, 16, 64, 320, 512]
+    with pytest.raises(CheckpointError, match="513 ranks are more than servers accept"):
+        padded_rank(513)
+
+
 def test_an_exact_adapter_is_recompressed_on_request(tmp_path: Path) -> None:
     model = trained("pissa")
     assert not rw.export(model, tmp_path / "a", rank=4).notes[-1].startswith("exact")

@@ -24,7 +24,7 @@ def tool() -> ModuleType:
 
 def test_every_planted_fault_can_still_be_planted(tool: ModuleType) -> None:
     faults = tool.read_faults()
-    assert len(faults) >= 200
+    assert len(faults) >= 150
     for fault in faults:
         content = (SOURCE / fault.file).read_text(encoding="utf-8")
         compile(fault.planted(content), fault.file, "exec")  # raises where the text is not there exactly once, or is no Python any more
