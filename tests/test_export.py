@@ -310,6 +310,13 @@ def test_the_servers_reading_knows_no_rank_stabilized_scale(tmp_path: Path) -> N
     assert torch.equal(logits(plain), logits(base()))  # and leaves nothing behind
 
 
+def test_the_servers_reading_takes_the_scale_of_a_plain_lora(tmp_path: Path) -> None:
+    model = trained("lora")  # saved as PEFT has it: alpha is twice the rank
+    rw.save(model, tmp_path / "saved")
+    with as_served(base(), tmp_path / "saved") as served:
+        assert relative(logits(served), logits(model)) < 1e-6
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------------------------
 
 
