@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint bench evidence setup clean
+.PHONY: demo test test-all faults lint bench evidence setup clean
 
 demo: .venv/ready
 	$(BIN)/rankwise demo
@@ -14,6 +14,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest
+
+# plants one fault at a time in a copy of the tree and runs the tests that must notice it
+faults: .venv/ready
+	$(BIN)/python tools/faults.py --json benchmarks/results/faults.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

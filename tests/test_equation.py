@@ -112,3 +112,13 @@ def test_the_dropout_mask_is_bernoulli_and_unbiased() -> None:
         assert torch.allclose(kept[kept != 0], torch.tensor(1 / (1 - p)), rtol=2**-14)
         assert torch.equal(kept, drop(x, p, 3))
         assert not torch.equal(kept, drop(x, p, 4))
+
+
+def test_the_stacked_pair_is_the_update_less_its_start() -> None:
+    down, up, down0, up0 = torch.randn(3, 9), torch.randn(7, 3), torch.randn(3, 9), torch.randn(7, 3)
+    core, scaling = torch.randn(3, 3), 1.7
+    factors, start = equation.Factors(down, up, core=core, scaling=scaling), equation.Start(down0, up0)
+    wanted = scaling * (up @ core @ down - up0 @ down0)
+    right, left = equation.stacked(factors, start)
+    torch.testing.assert_close(left @ right, wanted)
+    torch.testing.assert_close(equation.dense_update(factors, start), wanted)

@@ -125,6 +125,14 @@ def test_mixtures_are_refused_or_held_still_and_measured(case: str, tmp_path: Pa
     assert "gates held at their mean" in done.text()
 
 
+def test_a_rank_that_servers_take_is_not_padded() -> None:
+    from rankwise.checkpoint.servable import padded_rank
+
+    assert [padded_rank(rank) for rank in (1, 8, 9, 16, 64, 257, 512)] == [8, 8, 16, 16, 64, 320, 512]
+    with pytest.raises(CheckpointError, match="513 ranks are more than servers accept"):
+        padded_rank(513)
+
+
 def test_an_exact_adapter_is_recompressed_on_request(tmp_path: Path) -> None:
     model = trained("pissa")
     assert not rw.export(model, tmp_path / "a", rank=4).notes[-1].startswith("exact")
@@ -300,6 +308,13 @@ def test_the_servers_reading_knows_no_rank_stabilized_scale(tmp_path: Path) -> N
     with as_served(plain, tmp_path / "out") as served:
         assert relative(logits(served), logits(model)) < 1e-6
     assert torch.equal(logits(plain), logits(base()))  # and leaves nothing behind
+
+
+def test_the_servers_reading_takes_the_scale_of_a_plain_lora(tmp_path: Path) -> None:
+    model = trained("lora")  # saved as PEFT has it: alpha is twice the rank
+    rw.save(model, tmp_path / "saved")
+    with as_served(base(), tmp_path / "saved") as served:
+        assert relative(logits(served), logits(model)) < 1e-6
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------------------------

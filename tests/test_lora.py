@@ -47,6 +47,33 @@ def test_the_start_is_the_base_and_the_first_step_moves_up_alone(dtype: torch.dt
     torch.testing.assert_close(update.up.detach().abs().double(), lr * size / (size + eps), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("init", "role", "bound"), [("kaiming", "down", 400**-0.5), ("random-up", "up", 16**-0.5), ("gaussian", "down", None)]
+)
+def test_how_wide_the_random_factor_is_drawn(init: str, role: str, bound: float | None) -> None:
+    drawn = getattr(only_site(rw.adapt(one(400, 400), lora(rank=16, init=init))).update, role).detach().double()
+    wanted = 1 / 16 if bound is None else bound / math.sqrt(3)  # PEFT's gaussian; a uniform distribution
+    # 6400 numbers: five standard errors of the standard deviation of normal ones, of which uniform ones have fewer
+    assert drawn.std().item() == pytest.approx(wanted, rel=5 / math.sqrt(2 * drawn.numel()))
+    assert abs(drawn.mean().item()) < 5 * wanted / math.sqrt(drawn.numel())
+    if bound is not None:
+        assert bound * 0.99 < drawn.abs().max().item() <= bound
+
+
+def test_each_site_draws_from_a_stream_of_its_own() -> None:
+    def starts(**fields: object) -> dict[str, Tensor]:
+        torch.manual_seed(int(torch.randint(1 << 30, ())))  # the global state is nobody's business
+        return {name: site.update.down.detach().clone() for name, site in adapted_sites(rw.adapt(Qkv(), lora(rank=4, **fields))).items()}
+
+    every = starts()
+    assert len(every) > 1
+    downs = list(every.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(downs) for b in downs[:i] if a.shape == b.shape)
+    last = list(every)[-1]
+    assert torch.equal(starts(targets=[last])[last], every[last])  # whatever else is adapted
+    assert not torch.equal(starts(seed=1)[last], every[last])
+
+
 @pytest.mark.check("lora", 2)
 @pytest.mark.parametrize("shape", [(48,), (0, 48), (11, 48), (3, 5, 48), (2, 0, 48)])
 def test_the_output_is_that_of_the_dense_weight(shape: tuple[int, ...]) -> None:

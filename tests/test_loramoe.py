@@ -371,6 +371,18 @@ def test_saved_loaded_disabled_and_not_merged(tmp_path: Path) -> None:
 def test_the_router_has_a_group_of_its_own_without_decay() -> None:
     optimizer = rw.optimizer(mixture(), lr=1e-2, weight_decay=0.1)
     assert {group["role"] for group in optimizer.param_groups} == {"down", "up", "gate"}
+    seen: dict[str, float] = {}
+    # after the session's own hook, so with what this step is taken with
+    optimizer.register_step_pre_hook(lambda made, *_: seen.update({group["role"]: group["weight_decay"] for group in made.param_groups}))
+    before = [parameter.detach().clone() for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert seen == {"down": 0.1, "up": 0.1, "gate": 0.0}
+    after = [(group["role"], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    for was, (role, now) in zip(before, after, strict=True):
+        assert torch.equal(was, now) or role != "gate"
 
 
 def test_generation_needs_no_types() -> None:

@@ -21,7 +21,7 @@ from rankwise.sites import adapted_sites
 from rankwise.storage import NF4Linear, nf4_codes, storage_of
 from rankwise.storage.bnb_layout import STATE, from_bitsandbytes_state, load_4bit, nf4_state_dict
 from rankwise.storage.nf4_codes import Codes, bytes_of, dequantize, dynamic_map, nf4_table, quantize, scales_of
-from rankwise.storage.workspace import free_workspaces
+from rankwise.storage.workspace import free_workspaces, read_once
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -153,6 +153,24 @@ def test_errors_on_normal_weights_are_the_measured_ones() -> None:
     for double_quant, error in ((True, 0.0920), (False, 0.09198)):
         dense = dequantize(quantize(weight, double_quant=double_quant), (1024, 1024), torch.float32)
         assert float((dense - weight).norm() / weight.norm()) == pytest.approx(error, abs=2e-4)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_weight_of_several_pieces_is_made_dense_block_by_block(double_quant: bool) -> None:
+    # pieces of 2^18 elements, the last one neither whole nor a whole number of blocks, of an odd number of elements
+    weight = torch.randn(3, 200_001) * torch.linspace(0.1, 3, 3)[:, None]
+    held = quantize(weight, double_quant=double_quant)
+    codes = torch.stack([held.codes[:, 0] >> 4, held.codes[:, 0] & 15], 1).flatten()[: weight.numel()]
+    wanted = nf4_table(weight.device)[codes.int()] * scales_of(held).repeat_interleave(64)[: weight.numel()]
+    assert torch.equal(dequantize(held, tuple(weight.shape), torch.float32).flatten(), wanted)
+
+
+def test_what_is_read_once_is_each_layers_own_weight() -> None:
+    layers = [NF4Linear.from_weight(torch.randn(12, 20)) for _ in range(2)]
+    x = torch.randn(3, 20)
+    with read_once():
+        for layer in (*layers, *layers):
+            torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()))
 
 
 @pytest.mark.check("qlora", 4)

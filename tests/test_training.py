@@ -1,6 +1,7 @@
 """The training run: what is trained on, resuming bit for bit, and everything that can go wrong in between."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -16,7 +17,8 @@ from training_models import make_world, plain_config, silent_console, write_rows
 
 from rankwise.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
 from rankwise.recipes import RECIPES
-from rankwise.training.run import Result, train
+from rankwise.training.config import make_config
+from rankwise.training.run import Result, total_steps, train
 
 CAUSAL, CLASSES = "completion", "classification"
 WATCHED = ("metrics.jsonl", "results.json", "adapter/adapter_model.safetensors", "checkpoints/checkpoint-5/trainable.safetensors")
@@ -82,9 +84,47 @@ def test_the_trainers_loss_is_the_mean_over_our_own_labels(world: Path, tmp_path
     assert step["loss"] == pytest.approx(result.before["task"]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("task", [CAUSAL, CLASSES])
+def test_an_accumulated_gradient_is_that_of_one_batch(world: Path, tmp_path: Path, task: str) -> None:
+    # a loss may be right where the gradients of several batches are added and not averaged
+    norms = []
+    for batch, accumulate in ((24, 1), (4, 6)):
+        made = run(plain_config(world, task, tmp_path / f"{batch}", train={"steps": 1, "batch_size": batch, "accumulate": accumulate}))
+        norms.append(lines(made.run / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_rate_follows_warmup_and_schedule(world: Path, tmp_path: Path) -> None:
+    steps, warmup, lr = 7, 2, 1e-2
+    wanted = {
+        "cosine": [
+            lr * step / warmup if step < warmup else lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+            for step in range(7)
+        ],
+        "linear": [lr * step / warmup if step < warmup else lr * (steps - step) / (steps - warmup) for step in range(7)],
+        "constant": [lr * min(1.0, step / warmup) for step in range(7)],
+    }
+    for name, rates in wanted.items():
+        made = run(plain_config(world, CAUSAL, tmp_path / name, train={"steps": steps, "warmup": warmup, "schedule": name, "lr": lr}))
+        assert [line["lr"] for line in lines(made.run / "metrics.jsonl")] == pytest.approx(rates, rel=1e-6, abs=1e-12), name
+
+
+def test_the_steps_of_a_run_count_the_smaller_last_one(world: Path, tmp_path: Path) -> None:
+    def steps(rows: int, **given: Any) -> int:
+        return total_steps(
+            make_config(plain_config(world, CAUSAL, tmp_path, train={"steps": None, "batch_size": 4, "accumulate": 3, **given})), rows
+        )
+
+    # 25 rows: 7 batches, the last one of a single row; 3 steps, the last one of a single batch
+    assert [steps(rows, epochs=1) for rows in (1, 12, 13, 24, 25)] == [1, 1, 2, 2, 3]
+    assert steps(25, epochs=2) == 6
+    assert steps(25, epochs=0.5) == 2
+    assert steps(25, epochs=0.01) == 1
+    assert steps(25, epochs=2, steps=5) == 5
+
+
 def test_trl_gets_exactly_the_ids_and_labels_made_here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rankwise.training.causal import CausalTrainer
-    from rankwise.training.config import make_config
     from rankwise.training.models import load_tokenizer
     from rankwise.training.prepare import prepare
 

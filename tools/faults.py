@@ -1,15 +1,18 @@
 """Planted faults: is there a test for everything that could go wrong here?
 
-`python tools/faults.py` plants every fault of tests/faults/*.toml, one at a time, in a copy of src and tests, and runs the few tests that must
-notice it. A fault is caught where one of them fails by an assertion: a crash, or a test that cannot be collected, does not count. Exit code 1
-if one survives.
+`python tools/faults.py` plants every fault of tests/faults/*.toml, one at a time, in a copy of src and tests, and runs the few tests
+that must notice it. A fault is caught where one of them fails by an assertion: a crash, or a test that cannot be collected, does not
+count. Exit code 1 if one survives.
 """
 
 import argparse
+import contextlib
+import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +29,7 @@ SOURCE = Path("src") / "rankwise"
 SECONDS = 240  # of one fault's tests, which take a few
 
 # Loaded into pytest: refuses another package than the copy's, and writes down how each test ended.
-PLUGIN = '''
+PLUGIN = """
 import json, os, sys
 from pathlib import Path
 import pytest
@@ -49,7 +52,7 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_sessionfinish(session):
     Path(os.environ["FAULTS_ENDED"]).write_text(json.dumps(_ENDED))
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Fault:
     instead: str
     tests: tuple[str, ...]  # below tests/, as pytest names them
     why: str
+
+    @property
+    def digest(self) -> str:
+        """Of what is planted and who must notice it."""
+        return hashlib.sha256(repr((self.file, self.text, self.instead, self.tests)).encode()).hexdigest()[:12]
 
     def planted(self, content: str) -> str:
         """The file's content with the fault in it.
@@ -111,26 +119,56 @@ def copy_tree(target: Path, source: Path = ROOT) -> Path:
 
     for name in ("src", "tests"):
         shutil.copytree(source / name, target / name, copy_function=take, ignore=shutil.ignore_patterns("*.egg-info", ".pytest_cache"))
-    shutil.copy2(ROOT / "pyproject.toml", target / "pyproject.toml")
-    (target / "faults_plugin.py").write_text(PLUGIN)
-    return target
+    shutil.copy2(source / "pyproject.toml", target / "pyproject.toml")
+    return write_plugin(target)
+
+
+def write_plugin(tree: Path) -> Path:
+    """Puts the plugin beside src and tests; returns the tree."""
+    (tree / "faults_plugin.py").write_text(PLUGIN)
+    return tree
 
 
 def run_tests(tree: Path, tests: Sequence[str], first: bool = True) -> tuple[dict[str, str], str]:
     """(test -> how it ended, the end of what was printed) of tests over a tree; `first` stops at the first that fails."""
-    ended = tree / "ended.json"
+    ended, printed = tree / "ended.json", tree / "printed.txt"
     ended.unlink(missing_ok=True)
-    paths = os.pathsep.join([str(tree / "src"), str(tree)])
-    more = {"PYTHONPATH": paths, "FAULTS_TREE": str(tree), "FAULTS_ENDED": str(ended), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "pytest", "-p", "faults_plugin", "-n", "0", "-q", "--durations", "0", "-p", "no:cacheprovider"]
-    words += [*(["-x"] if first else []), *(f"tests/{test}" for test in tests)]
-    try:
-        limit = SECONDS if first else None
-        done = subprocess.run(words, cwd=tree, env={**os.environ, **more}, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
+    words = ["-p", "faults_plugin", "-n", "0", "-q", "--durations", "0", "-p", "no:cacheprovider", *(["-x"] if first else [])]
+    child = multiprocessing.get_context("fork").Process(
+        target=_pytest, args=(tree, ended, printed, [*words, *(f"tests/{test}" for test in tests)])
+    )
+    child.start()
+    child.join(SECONDS if first else None)
+    if child.is_alive():
+        child.kill()
+        child.join()
         return {}, f"no end within {SECONDS} s"
-    text = (done.stdout + done.stderr).strip()
+    text = printed.read_text(errors="replace").strip()
     return json.loads(ended.read_text()) if ended.is_file() else {}, text
+
+
+def _pytest(tree: Path, ended: Path, printed: Path, words: list[str]) -> None:
+    """In a process of its own, which has the libraries of `preload` already."""
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(tree)
+    os.environ |= {"PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}", "FAULTS_TREE": str(tree), "FAULTS_ENDED": str(ended)}
+    sys.path[:0] = [str(tree / "src"), str(tree)]  # before the place of the installed package
+    import pytest
+
+    os._exit(int(pytest.main(words)))
+
+
+def preload() -> None:
+    """Imports what the tests need and a fault cannot touch, once for all processes; never the package itself."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("torch", "pytest", "safetensors.torch", "transformers", "peft", "trl.trainer.sft_trainer", "pydantic"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    if "rankwise" in sys.modules:
+        raise RuntimeError("the package was imported before a copy of it could be")
 
 
 def broken_selections(tree: Path, selections: set[str], jobs: int) -> dict[str, str]:
@@ -190,28 +228,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{fault.name:44} {fault.file:36} {fault.why}")
         print(f"{len(faults)} faults")
         return 0
+    preload()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         clean = copy_tree(Path(name) / "clean")
         broken = broken_selections(clean, {test for fault in faults for test in fault.tests}, given.jobs)
         for selection, why in broken.items():
             print(f"without a fault: {selection} does not pass: {why}")
-        if broken:
-            return 1
         with ThreadPoolExecutor(given.jobs) as pool:
             found = []
             for one in pool.map(lambda fault: plant(fault, clean, Path(name)), faults):
+                if unfit := [selection for selection in one.fault.tests if selection in broken]:
+                    one = Found(one.fault, False, f"{unfit[0]} fails without it too", one.seconds)
                 found.append(one)
                 print(f"{'caught  ' if one.caught else 'SURVIVED'} {one.fault.name:44} {one.seconds:5.1f} s  {one.how}", flush=True)
     survivors = [one.fault.name for one in found if not one.caught]
-    print(f"{len(found) - len(survivors)} of {len(found)} planted faults caught" + (f"; survived: {', '.join(survivors)}" if survivors else ""))
+    print(
+        f"{len(found) - len(survivors)} of {len(found)} planted faults caught"
+        + (f"; survived: {', '.join(survivors)}" if survivors else "")
+    )
     if given.json:
-        given.json.write_text(json.dumps(_result(found), indent=1) + "\n", encoding="utf-8")
+        _write(given.json, found, read_faults())
     return 1 if survivors else 0
 
 
-def _result(found: Sequence[Found]) -> dict[str, Any]:
-    rows = [{"name": one.fault.name, "file": one.fault.file, "caught": one.caught, "by": one.how} for one in found]
-    return {"command": "make faults", "planted": len(found), "caught": sum(one.caught for one in found), "faults": rows}
+def _write(path: Path, found: Sequence[Found], faults: Sequence[Fault]) -> None:
+    """Writes the result; what a run of a part has not planted stands there as an earlier run left it, where the fault is still the same."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))["faults"] if path.is_file() else []
+    rows = {row["name"]: row for row in earlier}
+    rows |= {
+        one.fault.name: {"name": one.fault.name, "file": one.fault.file, "is": one.fault.digest, "caught": one.caught, "by": one.how}
+        for one in found
+    }
+    kept = [rows[fault.name] for fault in faults if fault.name in rows and rows[fault.name]["is"] == fault.digest]
+    result: dict[str, Any] = {"command": "make faults", "planted": len(kept), "caught": sum(row["caught"] for row in kept), "faults": kept}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
