@@ -51,7 +51,7 @@ def test_a_text_that_is_not_there_exactly_once_is_an_error(tool: ModuleType) -> 
             fault.planted(content)
 
 
-def test_a_fault_in_a_copy_is_caught_by_an_assertion_alone(tool: ModuleType, tmp_path: Path) -> None:
+def test_a_fault_in_a_copy_is_caught_by_an_assertion_alone(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A toy tree: what fails by an assertion is caught; what crashes, cannot be collected or passes is not."""
     root = tmp_path / "clean"
     (root / "src" / "rankwise").mkdir(parents=True)
@@ -60,6 +60,10 @@ def test_a_fault_in_a_copy_is_caught_by_an_assertion_alone(tool: ModuleType, tmp
     (root / "tests" / "test_toy.py").write_text("import rankwise\n\n\ndef test_double():\n    assert rankwise.double(2) == 4\n")
     (root / "pyproject.toml").write_text('[tool.pytest.ini_options]\npythonpath = ["tests"]\n')
     tool.write_plugin(root)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rankwise"]:  # the child forks from here and imports its own
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_CURRENT_TEST"):
+        monkeypatch.delenv(name, raising=False)
     wanted = {"3 * x": True, "2 * y": False, "2 * (": False, "x + x": False}
     for number, (instead, caught) in enumerate(wanted.items()):
         fault = tool.Fault(f"toy-{number}", "__init__.py", "2 * x", instead, ("test_toy.py::test_double",), "why")

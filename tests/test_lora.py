@@ -154,6 +154,9 @@ def test_three_layers_over_one_input_keep_it_once(p: float) -> None:
     x = torch.randn(tokens, width).bfloat16().requires_grad_()
     with saved_storages(model) as found:
         outputs = [model.q_proj(x), model.k_proj(x), model.v_proj(x)]
+    drawn = [key for key, (_, tensor) in found.items() if tensor.dtype == torch.int32]  # one draw of dropout for all three
+    assert len(drawn) == bool(p)
+    assert all(found.pop(key)[0] < 4 * 1.5 * p * tokens * width for key in drawn)
     assert sum(size for size, _ in found.values()) == 2 * tokens * width + 3 * 2 * tokens * rank
     assert all(tensor.dtype == torch.bfloat16 for _, tensor in found.values())
     sum(y.float().sum() for y in outputs).backward()

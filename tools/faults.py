@@ -154,6 +154,7 @@ def _pytest(tree: Path, ended: Path, printed: Path, words: list[str]) -> None:
     os.dup2(output, 2)
     os.chdir(tree)
     os.environ |= {"PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}", "FAULTS_TREE": str(tree), "FAULTS_ENDED": str(ended)}
+    sys.pycache_prefix = str(tree / "compiled")  # a fault of the same length within the same second would else run as it was before
     sys.path[:0] = [str(tree / "src"), str(tree)]  # before the place of the installed package
     import pytest
 

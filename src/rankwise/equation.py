@@ -137,6 +137,7 @@ class _Project(torch.autograd.Function):
         # of mask and source only numbers stay on ctx: their tensors are saved, so that checkpointing can let go of them
         ctx.drawn, fallen = (None, None) if mask is None else ((mask.numel, mask.p, mask.seed, mask.device), mask.fallen)
         ctx.memo, kept = (None, ()) if source is None else (source.memo, source.tensors)
+        fallen = fallen if ctx.needs_input_grad[1] else None  # where x itself is not kept, the mask is drawn again
         ctx.save_for_backward(x if ctx.needs_input_grad[1] and source is None else None, down, start_down, fallen, *weights, *kept)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
@@ -247,7 +248,8 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y0 if ctx.needs_input_grad[1] else None, gain, bias)
-        return times_gain(as_rows(y0), gain, bias).view(y0.shape)
+        made = times_gain(as_rows(y0), gain, bias)
+        return torch.ops.aten._unsafe_view(made, y0.shape)  # the caller may write to it: no view made in here
 
     @staticmethod
     @once_differentiable
