@@ -218,6 +218,14 @@ def test_a_killed_first_save_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "a", r"a does not exist; a save that was killed before its end left .*\.a\.writing")
 
 
+def test_a_swap_that_was_cut_short_is_finished_with_what_is_new(tmp_path: Path) -> None:
+    for stage in ("new", "old"):
+        (tmp_path / f".a.{stage}").mkdir()
+        (tmp_path / f".a.{stage}" / "content").write_text(stage)
+    assert atomic.recover(tmp_path / "a")
+    assert (tmp_path / "a" / "content").read_text() == "new"
+
+
 def test_a_swap_that_cannot_be_finished_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rw.save(trained("lora"), tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / ".a.new")

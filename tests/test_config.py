@@ -68,6 +68,14 @@ def test_what_is_wrong_is_named(override: str, wanted: str) -> None:
     assert wanted in refused(override)
 
 
+def test_an_option_of_an_axis_that_does_not_exist_is_named_with_the_nearest() -> None:
+    from rankwise.gradients import LoraPlus
+    from rankwise.recipe import build_choice
+
+    with pytest.raises(RecipeError, match=r"the gradient has no option 'raito'.*did you mean 'ratio'"):
+        build_choice(LoraPlus, {"raito": 3.0}, "the gradient")
+
+
 def test_a_value_given_twice_is_refused() -> None:
     assert "rank=4 and method.rank=8 say the same thing twice" in refused("rank=4", "method.rank=8")
 

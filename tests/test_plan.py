@@ -297,6 +297,10 @@ def test_rank_and_alpha_patterns() -> None:
     for name, module in adapted_sites(model).items():
         assert module.update.down.shape == (sites[name].rank, sites[name].in_features)  # type: ignore[union-attr]
         assert module.update.factors().scaling == sites[name].scaling  # type: ignore[union-attr]
+    # without an alpha it is twice the recipe's rank, whatever a pattern makes of one site's rank
+    unsaid = {site.name: site.scaling for site in rw.plan(llama(), rw.recipes.lora(rank=4, rank_pattern={"q_proj": 2})).sites}
+    assert unsaid["model.layers.0.self_attn.q_proj"] == 8 / 2
+    assert unsaid["model.layers.0.self_attn.v_proj"] == 8 / 4
     rs = rw.plan(llama(), rw.recipes.rslora(rank=4, alpha=8, rank_pattern={"q_proj": 9}))
     assert {site.scaling for site in rs.sites} == {8 / 2, 8 / 3}
 

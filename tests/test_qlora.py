@@ -479,6 +479,7 @@ def test_head_and_embeddings_stay_and_only_adapters_train() -> None:
     model = llama(dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rw.adapt(model, rw.recipes.qlora(rank=4, targets=["q_proj", "v_proj"]))
+    assert not isinstance(model.lm_head, NF4Linear)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
         parameter = dict(model.named_parameters())[name]
         assert parameter.dtype == torch.bfloat16

@@ -54,6 +54,7 @@ def test_a_name_is_a_whole_part_of_the_path_and_an_expression_the_whole_path() -
     assert "matches nothing" in refused(llama(), ["proj"])
     assert "matches nothing" in refused(llama(), ["attn.q_proj"])
     assert "matches nothing" in refused(llama(), ["re:q_proj"])
+    assert "matches nothing" in refused(llama(), [r"re:model\.layers\.0\.self_attn\.q"])
 
 
 def test_layer_ranges() -> None:
