@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_models import relative
+from method_checks import cut_and_resumed
 from tiny_models import llama, logits, perturb, token_ids
 from torch import Tensor, nn
-from training_models import make_world, plain_config, silent_console
+from training_models import make_world, plain_config
 
 import rankwise as rw
 from rankwise.checkpoint import export_lora, load_trainable_state, trainable_state
@@ -665,14 +666,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
 def test_a_run_from_yaml_prunes_and_resumes_bit_for_bit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before, inside and after pruning, one run after another, it ends as the run that was never stopped."""
-    from rankwise.training.run import train
-    from rankwise.training.trainers import RankwiseTrainer
 
     def config(name: str) -> dict[str, Any]:
         method = {"name": "adalora", "target_rank": 2, "start": "orthonormal", "tinit": 2, "tfinal": 1}
@@ -681,22 +676,8 @@ def test_a_run_from_yaml_prunes_and_resumes_bit_for_bit(world: Path, tmp_path: P
         plain["train"] |= {"steps": 8, "save_every": 1, "accumulate": 1}
         return plain
 
-    whole = train(config("whole"), console=silent_console())
-    inner = RankwiseTrainer.training_step
-    for stop in (2, 4, 6, 8):  # the checkpoints are those of steps 1, 3 and 5, after which averages decide, and 7 (the cut)
-
-        def stopped(self: Any, *args: Any, stop: int = stop, **kwargs: Any) -> Any:
-            if self.state.global_step + 1 == stop:
-                raise Stopped
-            return inner(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RankwiseTrainer, "training_step", stopped)
-            with pytest.raises(Stopped):
-                train(config("cut"), console=silent_console())
-    resumed = train(config("cut"), console=silent_console())
-    for name in ("metrics.jsonl", "results.json", "adapter/adapter_model.safetensors", "adapter/rankwise.json"):
-        assert (whole.run / name).read_bytes() == (resumed.run / name).read_bytes(), name
+    # the checkpoints are those of steps 1, 3 and 5, after which averages decide, and 7 (the cut)
+    whole = cut_and_resumed(config, monkeypatch, 2, 4, 6, 8)
     metrics = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
     budgets = [line["schedule_budget"] for line in metrics if "loss" in line]
     assert budgets == [official(step, 8, 2, 1, 18, 12) for step in range(1, 9)]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from galore_models import ATTENTION, DenseGaLore, attention_loss, batch, gradients, parallel_worker, recipe, steps, weights_of
+from method_checks import interrupted
 from tiny_models import Attention, OneLinear, gpt2, llama, logits, one_linear, site, token_ids
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -817,30 +818,6 @@ def test_saved_weights_load_and_merge(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
-def interrupted(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *stops: int) -> Any:
-    """The result of a run that is stopped before each of these steps and begun again."""
-    from rankwise.training.run import train
-    from rankwise.training.trainers import RankwiseTrainer
-
-    inner = RankwiseTrainer.training_step
-    for stop in stops:
-
-        def stopped(self: Any, *args: Any, stop: int = stop, **kwargs: Any) -> Any:
-            if self.state.global_step + 1 == stop:
-                raise Stopped
-            return inner(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RankwiseTrainer, "training_step", stopped)
-            with pytest.raises(Stopped):
-                train(config, console=silent_console())
-    return train(config, console=silent_console())
 
 
 def test_a_run_from_yaml_resumes_bit_for_bit_in_the_middle_of_a_window(

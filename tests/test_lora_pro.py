@@ -2,13 +2,14 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from method_checks import cut_and_resumed
 from tiny_models import llama, logits, token_ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -992,37 +993,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
 @pytest.mark.check("lora-pro", 10)
 @pytest.mark.parametrize("method", [{"adam_space": "weight", "states": "8bit"}, {"init": "pissa"}])
 def test_a_run_from_yaml_resumes_bit_for_bit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]) -> None:
-    from rankwise.training.run import train
-    from rankwise.training.trainers import RankwiseTrainer
 
     def config(name: str) -> dict[str, Any]:
         plain = plain_config(world, "completion", tmp_path / name, method={"name": "lora-pro"} | method, targets=["q_proj", "down_proj"])
         plain["train"] |= {"steps": 5, "save_every": 1, "weight_decay": 0.01, "lr": 5e-3, "warmup": 2}
         return plain
 
-    whole = train(config("whole"), console=silent_console())
-    inner: Callable[..., Any] = RankwiseTrainer.training_step
-    for stop in (2, 4) if "adam_space" in method else (3,):
-
-        def stopped(self: Any, *args: Any, stop: int = stop, **kwargs: Any) -> Any:
-            if self.state.global_step + 1 == stop:
-                raise Stopped
-            return inner(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RankwiseTrainer, "training_step", stopped)
-            with pytest.raises(Stopped):
-                train(config("cut"), console=silent_console())
-    resumed = train(config("cut"), console=silent_console())
-    for name in ("metrics.jsonl", "results.json", "adapter/adapter_model.safetensors", "adapter/rankwise.json"):
-        assert (whole.run / name).read_bytes() == (resumed.run / name).read_bytes(), name
+    whole = cut_and_resumed(config, monkeypatch, *((2, 4) if "adam_space" in method else (3,)))
     assert whole.after["task"]["loss"] < whole.before["task"]["loss"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_checks import cut_and_resumed
 from test_routing import gradients, near
 from tiny_models import llama, logits, perturb, token_ids
 from torch import Tensor, nn
@@ -569,13 +570,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
 def test_a_run_from_yaml_resumes_bit_for_bit_and_generates(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankwise.training.run import train
-    from rankwise.training.trainers import RankwiseTrainer
     from rankwise.training.use import generate, open_adapter
 
     def config(name: str) -> dict[str, Any]:
@@ -584,21 +579,7 @@ def test_a_run_from_yaml_resumes_bit_for_bit_and_generates(world: Path, tmp_path
         plain["data"]["general"] = str(world / "general.jsonl")
         return plain
 
-    whole = train(config("whole"), console=silent_console())
-    inner = RankwiseTrainer.training_step
-
-    def stopped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise Stopped
-        return inner(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RankwiseTrainer, "training_step", stopped)
-        with pytest.raises(Stopped):
-            train(config("cut"), console=silent_console())
-    resumed = train(config("cut"), console=silent_console())
-    for name in ("metrics.jsonl", "results.json", "adapter/adapter_model.safetensors", "adapter/rankwise.json"):
-        assert (whole.run / name).read_bytes() == (resumed.run / name).read_bytes(), name
+    whole = cut_and_resumed(config, monkeypatch, 4)
     lines = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
     assert all(line["routing_load"] > 0 and line["routing_validation_loss"] > 0 for line in lines)
     assert whole.after["task"]["loss"] < whole.before["task"]["loss"]

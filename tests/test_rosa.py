@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_models import relative
+from method_checks import cut_and_resumed
 from tiny_models import dense_weight, gpt2, llama, logits, one_linear, perturb, site, token_ids
 from torch import Tensor, nn
-from training_models import make_world, plain_config, silent_console
+from training_models import make_world, plain_config
 
 import rankwise as rw
 from rankwise.checkpoint import export_lora, load_trainable_state, trainable_state
@@ -785,15 +786,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
 @pytest.mark.check("rosa", 8)
 def test_a_run_from_yaml_takes_rounds_and_resumes_bit_for_bit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped just before a round, inside one and just after one, it ends as the run that was never stopped."""
-    from rankwise.training.run import train
-    from rankwise.training.trainers import RankwiseTrainer
     from rankwise.training.use import open_adapter
 
     def config(name: str) -> dict[str, Any]:
@@ -802,26 +797,11 @@ def test_a_run_from_yaml_takes_rounds_and_resumes_bit_for_bit(world: Path, tmp_p
         plain["train"] |= {"steps": 9, "save_every": 1, "accumulate": 1}
         return plain
 
-    whole = train(config("whole"), console=silent_console())
-    inner = RankwiseTrainer.training_step
-    for stop in (3, 4, 9):  # the checkpoints are those of steps 2 (just before a round), 3 (just after one) and 8 (inside one)
-
-        def stopped(self: Any, *args: Any, stop: int = stop, **kwargs: Any) -> Any:
-            if self.state.global_step + 1 == stop:
-                raise Stopped
-            return inner(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RankwiseTrainer, "training_step", stopped)
-            with pytest.raises(Stopped):
-                train(config("cut"), console=silent_console())
-    resumed = train(config("cut"), console=silent_console())
-    for name in ("metrics.jsonl", "results.json", "adapter/adapter_model.safetensors", "adapter/rankwise.json"):
-        assert (whole.run / name).read_bytes() == (resumed.run / name).read_bytes(), name
+    # the checkpoints are those of steps 2 (just before a round), 3 (just after one) and 8 (inside one)
+    whole = cut_and_resumed(config, monkeypatch, 3, 4, 9)
     metrics = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["schedule_round"] for line in metrics if "loss" in line] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     rates = [line["lr"] for line in metrics if "loss" in line]
-    print(rates)
     assert rates == pytest.approx([1e-2 * (9 - step) / 9 for step in range(9)])  # one straight line over all rounds
     assert whole.after["task"]["loss"] < whole.before["task"]["loss"]
     opened = open_adapter(whole.run.root)

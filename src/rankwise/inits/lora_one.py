@@ -31,7 +31,7 @@ class LoraOne(Init):
     size: 'relative' to the largest singular value, so that the size of the loss does not matter, or as the 'gradient' is.
     gamma: divides the step; the larger, the nearer the start is to the base.
     estimate: 'full' sums the whole gradient; 'sketch' only ever holds thin products of it, in two sweeps over the data.
-    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 1024, randomized above.
+    svd: 'exact', 'randomized', or 'auto': exact up to a smaller side of 512, randomized above.
     calibration_rows: rows of the training data to take the gradient from.
     """
 
