@@ -99,9 +99,13 @@ def sharing(base: nn.Module) -> Any:
     return copy.deepcopy(base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]})
 
 
-def floor(base: nn.Module, batch: dict[str, Tensor]) -> Contender:
-    """The frozen base's own forward and input gradient."""
+def floor(base: nn.Module, batch: dict[str, Tensor], wide: bool = False) -> Contender:
+    """The frozen base's own forward and input gradient; `wide`: its 16-bit weights multiplied in fp32."""
+    import rankwise as rw
+
     model = sharing(base)
+    if wide:
+        rw.fp32_products(model)
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     return Contender(model, batch)
 
@@ -111,8 +115,8 @@ def full(base: nn.Module, batch: dict[str, Tensor]) -> Contender:
     return Contender(copy.deepcopy(base).requires_grad_(True), batch)
 
 
-def rankwise(base: nn.Module, batch: dict[str, Tensor], case: Case, alone: bool = False) -> Contender:
-    """Ours. `alone`: the adapters without the lean norms, gated products and loss around them."""
+def rankwise(base: nn.Module, batch: dict[str, Tensor], case: Case, alone: bool = False, wide: bool = False) -> Contender:
+    """Ours. `alone`: the adapters without the lean norms, gated products and loss around them; `wide`: after `fp32_products`."""
     import rankwise as rw
     from rankwise import lean
 
@@ -124,6 +128,8 @@ def rankwise(base: nn.Module, batch: dict[str, Tensor], case: Case, alone: bool 
         lean.uninstall(model)
     else:
         rw.fuse_loss(model)
+    if wide:
+        rw.fp32_products(model)
     call = dict(batch)
     if case.method == "milora-mixture":
         call["prompt_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankwise import equation
 from rankwise.equation import drop
-from rankwise.kernels import dropout
+from rankwise.kernels import dropout, site
 from rankwise.storage import storage_of
 
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def _same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", ["fused", "reference"])
 @pytest.mark.parametrize("core", ["none", "vector", "matrix"])
 def test_all_kinds_of_factors_equal_the_closed_forms(form: str, core: str) -> None:
-    for number, (tail, gain, start, bias, p) in enumerate(itertools.product(*[(False, True)] * 4, (0.0, 0.3))):
+    for number, (tail, gain, start, bias, p) in enumerate(itertools.product(*[(False, True)] * 4, (0.0, 0.2, 0.3))):
         terms = draw(9, 7, 3, core, tail, gain, start, bias, seed=number)
         compare(form, terms, torch.randn(2, 5, 9, dtype=torch.float64), p)
 
@@ -39,6 +39,19 @@ def test_frozen_roles_get_no_gradient_and_leave_the_others_right(form: str, coun
     for frozen in itertools.combinations(ROLES, count):
         for p in (0.0, 0.3):
             compare(form, terms, torch.randn(11, 6, dtype=torch.float64), p, frozen)
+
+
+@pytest.mark.parametrize("core", ["none", "vector", "matrix"])
+@pytest.mark.parametrize("start", [False, True])
+def test_a_frozen_up_spares_a_product_by_keeping_what_it_made(core: str, start: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With up h kept (which stands at large ranks) as without; `tail` trains and `up` does not."""
+    terms = draw(6, 8, 4, core, True, True, start, True)
+    x = torch.randn(11, 6, dtype=torch.float64)
+    for keeps_from in (1, 1000):
+        monkeypatch.setattr(site, "_KEEPS_PRODUCT_FROM", keeps_from)
+        for frozen in (("up",), ("down", "up"), ("down", "up", "core"), ("up", "gain")):
+            for p in (0.0, 0.3):
+                compare("fused", terms, x, p, frozen)
 
 
 @settings(max_examples=60, deadline=None)

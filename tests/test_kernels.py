@@ -24,6 +24,7 @@ from rankwise.kernels.head_loss import head_loss, reference_head_loss
 from rankwise.kernels.norm import normed, reference_normed
 from rankwise.kernels.remade import Memo, offer, source_of
 from rankwise.lean import Lean
+from rankwise.storage.dense import DENSE
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -367,7 +368,7 @@ def test_the_loss_in_chunks_equals_all_logits_at_once(
     bias = random(29, seed=2, dtype=dtype) if biased else None
     labels = torch.randint(0, 29, (rows,), generator=torch.Generator().manual_seed(3))
     fast, plain = hidden.clone().requires_grad_(True), hidden.clone().requires_grad_(True)
-    mine, wanted = head_loss(fast, weight, bias, labels), reference_head_loss(plain, weight, bias, labels)
+    mine, wanted = head_loss(fast, weight, bias, labels, DENSE), reference_head_loss(plain, weight, bias, labels)
     assert float(mine.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     (mine * 0.3).backward()
     (wanted * 0.3).backward()

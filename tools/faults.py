@@ -222,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     given = parser.parse_args(argv)
     faults = [fault for fault in read_faults() if not given.only or fault.name.startswith(tuple(given.only))]
+    if not faults:
+        parser.error(f"--only: no fault's name begins with {' or '.join(given.only or [])}; --list prints them all")
     for fault in faults:
         fault.planted((ROOT / SOURCE / fault.file).read_text(encoding="utf-8"))
     if given.list:

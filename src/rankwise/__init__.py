@@ -26,6 +26,9 @@ _HOME = {
     "unadapt": "rankwise.adapting",
     "fuse_loss": "rankwise.fused_loss",
     "unfuse_loss": "rankwise.fused_loss",
+    "fp32_products": "rankwise.storage",
+    "fp32_products_pay": "rankwise.storage",
+    "native_products": "rankwise.storage",
     "optimizer": "rankwise.optim",
     "attach": "rankwise.optim",
     "GaLore": "rankwise.galore",
@@ -50,11 +53,14 @@ __all__ = [
     "attach",
     "disabled",
     "export",
+    "fp32_products",
+    "fp32_products_pay",
     "fuse_loss",
     "galore_groups",
     "load",
     "measure",
     "merge",
+    "native_products",
     "next_task",
     "optimizer",
     "plan",
@@ -80,6 +86,7 @@ if TYPE_CHECKING:
     from rankwise.planning import Plan, plan, summary
     from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets
+    from rankwise.storage import fp32_products, fp32_products_pay, native_products
     from rankwise.training.exporting import export
 
 

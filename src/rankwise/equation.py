@@ -5,18 +5,9 @@
 
 A method only says what its factors are; forward, backward, merge and export follow from them here, once, for all methods.
 
-The operation has a plain form (`reference_form`, ordinary autograd, any base layer) and a fused form made of three small autograd
-functions:
-
-    project   x -> base output (tokens, out), h = down x (tokens, rank), and for a start (down - down0) x
-    combine   adds up . core . h to the base output in place
-    rescale   applies the gain in fp32
-
-Saved for the backward: x if `down` trains (or what x can be remade from, `kernels/remade.py`), h if anything behind it trains, the
-pre-gain output if the gain trains; parameters by reference;
-no dropout mask (it is drawn again from a seed) and no product of factors (made again, rank-sized work). A token core runs under plain
-autograd between `project` and `combine`, as does a route: a number for each sample that multiplies the whole update, its start too.
-`form_of` is the fixed rule that picks the form.
+The operation has a plain form (`reference_form`, ordinary autograd, any base layer) and a fused form (the functions of `kernels/site.py`).
+A token core runs under plain autograd between `project` and `combine`, as does a route: a number for each sample that multiplies the whole
+update, its start too. `form_of` is the fixed rule that picks the form.
 
 A start is computed as  (up - up0) (down x) + up0 ((down - down0) x),  which equals  up down x - up0 down0 x  and is exactly zero, in every
 dtype, while the factors stand where they started.
@@ -24,17 +15,17 @@ dtype, while the factors stand where they started.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rankwise.errors import RecipeError
-from rankwise.kernels.dropout import Dropped, draw_seed, drop, dropped
-from rankwise.kernels.gain import gain_gradient, reference_times_gain, times_gain
-from rankwise.kernels.remade import Source, source_of
+from rankwise.kernels.dropout import draw_seed, drop, dropped
+from rankwise.kernels.gain import reference_times_gain
+from rankwise.kernels.remade import source_of
+from rankwise.kernels.site import Base, Combine, Frozen, Project, Rescale, Whole, as_rows, effective_up
 from rankwise.storage import Storage
 
 if TYPE_CHECKING:
@@ -56,7 +47,7 @@ class Factors:
 
     def effective_up(self) -> Tensor:
         """scaling * diag(tail) @ up @ core, (out, rank): what stands left of `down`."""
-        return _effective_up(self.up, self.core, self.tail, self.scaling)
+        return effective_up(self.up, self.core, self.tail, self.scaling)
 
     def delta(self) -> Tensor:
         """The dense update (out, in), in the dtype of the trained factors (a shared pool may be narrower)."""
@@ -69,14 +60,6 @@ class Start(NamedTuple):
 
     down: Tensor  # (rank, in), called down0 in the equation
     up: Tensor  # (out, rank), called up0; any core and tail of the start are already multiplied in
-
-
-def _effective_up(up: Tensor, core: Tensor | None, tail: Tensor | None, scaling: float) -> Tensor:
-    if core is not None:
-        up = up * core if core.dim() == 1 else up @ core
-    if tail is not None:
-        up = tail[:, None] * up
-    return up if scaling == 1.0 else up * scaling
 
 
 def dense_update(factors: Factors | None, start: Start | None) -> Tensor | None:
@@ -102,162 +85,6 @@ def stacked(factors: Factors, start: Start | None) -> tuple[Tensor, Tensor]:
         return factors.down, up
     start_up = factors.scaling * start.up
     return torch.cat([factors.down, factors.down - start.down]), torch.cat([up - start_up, start_up], dim=1)
-
-
-# --- the fused form --------------------------------------------------------------------------------------------------------------------
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., width) as a matrix (rows, width)."""
-    return x.reshape(-1, x.shape[-1])
-
-
-class _Project(torch.autograd.Function):
-    """x (..., in) -> y = x W^T + bias (..., out), h = drop(x) down^T (tokens, rank), moved = drop(x) (down - down0)^T or None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        down: Tensor,
-        start_down: Tensor | None,
-        bias: Tensor | None,
-        storage: Storage,
-        mask: Dropped | None,
-        source: Source | None,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        y = storage.product(x, bias, *weights)
-        rows = as_rows(x).to(y.dtype)  # (tokens, in); a cast only under autocast, where x itself is what stays
-        if mask is not None:
-            rows = mask.of(rows)
-        h = rows @ down.to(y.dtype).T  # (tokens, rank)
-        moved = None if start_down is None else rows @ (down - start_down).to(y.dtype).T
-        ctx.storage, ctx.weights = storage, len(weights)
-        # of mask and source only numbers stay on ctx: their tensors are saved, so that checkpointing can let go of them
-        ctx.drawn, fallen = (None, None) if mask is None else ((mask.numel, mask.p, mask.seed, mask.device), mask.fallen)
-        ctx.memo, kept = (None, ()) if source is None else (source.memo, source.tensors)
-        fallen = fallen if ctx.needs_input_grad[1] else None  # where x itself is not kept, the mask is drawn again
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] and source is None else None, down, start_down, fallen, *weights, *kept)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.set_materialize_grads(False)
-        # `combine` writes into y: it must not count as a view made in here
-        return torch.ops.aten._unsafe_view(y, y.shape), h, moved
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gy, gh, gm = grads
-        x, down, start_down, fallen, *saved = ctx.saved_tensors
-        weights, kept = saved[: ctx.weights], saved[ctx.weights :]
-        dx = d_down = None
-        # gradient of h plus that of `moved`: both are products with `down`
-        total = gh if gm is None else gm if gh is None else gh + gm
-        mask = None if ctx.drawn is None else Dropped(*ctx.drawn, fallen=fallen)
-        if ctx.needs_input_grad[1] and total is not None:
-            rows = as_rows(x if ctx.memo is None else ctx.memo.get(*kept)).to(total.dtype)
-            rows = rows if mask is None else mask.of(rows)
-            d_down = (total.T @ rows).to(down.dtype)  # (rank, in)
-        if ctx.needs_input_grad[0]:
-            if gy is not None:
-                dx = ctx.storage.product_t(gy, *weights)
-                dx = dx.reshape(-1, dx.shape[-1])  # (tokens, in)
-            branch = None if mask is not None or dx is None else dx  # where the branch's share is added, in place
-            if total is not None:
-                # gh down + gm (down - down0) = (gh + gm) down - gm down0
-                branch = _add_product(branch, total, down, 1.0)
-                if gm is not None:
-                    branch = _add_product(branch, gm, start_down, -1.0)
-                if mask is not None:
-                    branch = mask.of(branch)
-                    dx = branch if dx is None else dx.add_(branch)
-                else:
-                    dx = branch
-            if dx is not None:
-                dx = dx.view(ctx.shape).to(ctx.dtype)
-        return (dx, d_down, *([None] * (len(ctx.needs_input_grad) - 2)))
-
-
-def _add_product(target: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    right = right.to(left.dtype)
-    if target is None:
-        return left @ right if factor == 1.0 else (left @ right).mul_(factor)
-    return target.addmm_(left, right, alpha=factor)
-
-
-class _Combine(torch.autograd.Function):
-    """y += h effective_up^T, in place; with a start  y += h (effective_up - s up0)^T + moved (s up0)^T."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        h: Tensor,
-        moved: Tensor | None,
-        up: Tensor,
-        core: Tensor | None,
-        tail: Tensor | None,
-        start_up: Tensor | None,
-        scaling: float,
-    ) -> Tensor:
-        effective = _effective_up(up, core, tail, scaling)  # (out, rank), rank-sized work in the masters' dtype
-        flat = y.view(-1, y.shape[-1])
-        if start_up is not None and moved is not None:
-            start = start_up * scaling
-            effective = effective - start
-            flat.addmm_(moved, start.to(y.dtype).T)
-        flat.addmm_(h, effective.to(y.dtype).T)
-        ctx.mark_dirty(y)
-        ctx.scaling = scaling
-        behind = any(ctx.needs_input_grad[3:6])
-        ctx.save_for_backward(h if behind else None, up, core, tail, start_up)
-        ctx.with_start = moved is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gy,) = grads
-        h, up, core, tail, start_up = ctx.saved_tensors
-        g = as_rows(gy)  # (tokens, out)
-        gh = gm = d_up = d_core = d_tail = None
-        if ctx.needs_input_grad[1]:
-            effective = _effective_up(up, core, tail, ctx.scaling)
-            if ctx.with_start:
-                start = start_up * ctx.scaling
-                effective = effective - start
-                gm = g @ start.to(g.dtype) if ctx.needs_input_grad[2] else None
-            gh = g @ effective.to(g.dtype)  # (tokens, rank)
-        if h is not None:
-            # one GEMM over the tokens serves up, core and tail: the gradient of effective_up, over `scaling`
-            masters = torch.promote_types(up.dtype, torch.float32)
-            k = (g.T @ h.to(g.dtype)).to(masters) * ctx.scaling  # (out, rank)
-            rowed = k if tail is None else k * tail[:, None]
-            if ctx.needs_input_grad[3]:
-                d_up = (rowed if core is None else rowed * core if core.dim() == 1 else rowed @ core.T).to(up.dtype)
-            if core is not None and ctx.needs_input_grad[4]:
-                d_core = (up * rowed).sum(0) if core.dim() == 1 else up.T @ rowed
-            if tail is not None and ctx.needs_input_grad[5]:
-                d_tail = (k * _effective_up(up, core, None, 1.0)).sum(1)
-        return gy, gh, gm, d_up, d_core, d_tail, None, None
-
-
-class _Rescale(torch.autograd.Function):
-    """y0 -> gain * (y0 - bias) + bias, in fp32: bit-exact at gain 1. y0 is the biased output, (..., out)."""
-
-    @staticmethod
-    def forward(ctx: Any, y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y0 if ctx.needs_input_grad[1] else None, gain, bias)
-        made = times_gain(as_rows(y0), gain, bias)
-        return torch.ops.aten._unsafe_view(made, y0.shape)  # the caller may write to it: no view made in here
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y0, gain, bias = ctx.saved_tensors
-        gy = as_rows(grads[0])
-        d_y0 = times_gain(gy, gain).view(grads[0].shape) if ctx.needs_input_grad[0] else None
-        return d_y0, None if y0 is None else gain_gradient(as_rows(y0), gy, gain, bias), None
 
 
 # --- the two forms and the rule that picks one -----------------------------------------------------------------------------------------
@@ -288,45 +115,36 @@ def fused_form(
 ) -> Tensor:
     """y (..., out) for x (..., in), over a frozen base known by its storage. Same value and gradients as `reference_form`."""
     if factors is None:
-        y = _Base.apply(x, bias, storage, *weights)
+        y = Base.apply(x, bias, storage, False, *weights)
     elif shared is not None:
-        y = _Base.apply(x, bias, storage, *weights)
+        y = Base.apply(x, bias, storage, True, *weights)
         h = _routed(shared.project(x, factors.down, y.dtype, dropout), x, route)
-        y = _Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling)
+        y = Combine.apply(y, h, None, factors.up, factors.core, factors.tail, None, factors.scaling, _rounded(storage, x, y, weights))
     else:
         mask = dropped(x, dropout, factors.down) if dropout else None
-        start_down = None if start is None else start.down
         source = source_of(x) if factors.down.requires_grad else None
-        y, h, moved = _Project.apply(x, factors.down, start_down, bias, storage, mask, source, *weights)
-        core = factors.core
-        h, moved = _routed(h, x, route), None if moved is None else _routed(moved, x, route)
-        if token_core is not None:
-            h, core = as_rows(token_core(x, h.view(*x.shape[:-1], -1))), None
-        start_up = None if start is None else start.up
-        y = _Combine.apply(y, h, moved, factors.up, core, factors.tail, start_up, factors.scaling)
-    return y if gain is None else _Rescale.apply(y, gain, bias)
+        start_down, start_up = (None, None) if start is None else start
+        core, scaling = factors.core, factors.scaling
+        frozen = Frozen(storage, weights, bias, start_down, start_up, scaling, mask, source)
+        if token_core is None and route is None:
+            y = Whole.apply(x, factors.down, factors.up, core, factors.tail, frozen)
+        else:
+            y, h, moved = Project.apply(x, factors.down, frozen)
+            h, moved = _routed(h, x, route), None if moved is None else _routed(moved, x, route)
+            if token_core is not None:
+                h, core = as_rows(token_core(x, h.view(*x.shape[:-1], -1))).to(y.dtype), None
+            y = Combine.apply(y, h, moved, factors.up, core, factors.tail, start_up, scaling, _rounded(storage, x, y, weights))
+    return y if gain is None else Rescale.apply(y, gain, bias)
+
+
+def _rounded(storage: Storage, x: Tensor, y: Tensor, weights: tuple[Tensor, ...]) -> torch.dtype:
+    """The dtype of the site's output, where y is what the storage's product gave."""
+    return y.dtype if storage.wider(x, *weights) is None else x.dtype
 
 
 def _routed(h: Tensor, x: Tensor, route: Tensor | None) -> Tensor:
     """h (tokens, rank) of x (..., in), each row times its sample's number in `route`, which has as many dimensions as x."""
     return h if route is None else (h.view(*x.shape[:-1], -1) * route.to(h.dtype)).view_as(h)
-
-
-class _Base(torch.autograd.Function):
-    """y = x W^T + bias over a frozen base, saving nothing but references to W."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, storage: Storage, *weights: Tensor) -> Tensor:
-        y = storage.product(x, bias, *weights)
-        ctx.storage, ctx.dtype = storage, x.dtype
-        ctx.save_for_backward(*weights)
-        return torch.ops.aten._unsafe_view(y, y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx = ctx.storage.product_t(grads[0], *ctx.saved_tensors).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return (dx, *([None] * (len(ctx.needs_input_grad) - 1)))
 
 
 def reference_form(
@@ -354,7 +172,7 @@ def reference_form(
         if token_core is None:
             up = factors.effective_up()
         else:
-            h, up = token_core(x, h), _effective_up(factors.up, None, factors.tail, factors.scaling)
+            h, up = token_core(x, h), effective_up(factors.up, None, factors.tail, factors.scaling)
         if start is not None:
             start_up = factors.scaling * start.up
             up = up - start_up

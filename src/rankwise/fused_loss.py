@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import TargetError
 from rankwise.kernels.head_loss import IGNORED, head_loss
+from rankwise.storage import WideLinear, storage_of
 
 
 @dataclass(eq=False)
@@ -109,7 +110,9 @@ def _head(model: nn.Module) -> nn.Linear:
 
 def _fusable(model: nn.Module) -> bool:
     head = _head(model)
-    plain = type(head) is nn.Linear and "forward" not in head.__dict__ and not head._forward_hooks and not head._forward_pre_hooks
+    plain = (
+        type(head) in (nn.Linear, WideLinear) and "forward" not in head.__dict__ and not head._forward_hooks and not head._forward_pre_hooks
+    )
     return plain and not any(parameter.requires_grad for parameter in head.parameters())
 
 
@@ -150,6 +153,6 @@ def _loss(model: nn.Module, call: _Call) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
     if len(supervised) < len(rows):
         rows, labels = rows[supervised], labels[supervised]
-    total = head_loss(rows, head.weight, head.bias, labels)
+    total = head_loss(rows, head.weight, head.bias, labels, storage_of(head))
     items = len(supervised) if call.items is None else call.items
     return total / (items.to(total.device) if isinstance(items, Tensor) else items)

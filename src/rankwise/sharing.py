@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise import equation
-from rankwise.equation import as_rows
-from rankwise.kernels.dropout import drop
+from rankwise.kernels import dropout as draws
+from rankwise.kernels.site import as_rows
 
 
 class SharedProjection:
@@ -41,14 +40,14 @@ class SharedProjection:
     def project(self, member: object, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
         """h (tokens, rank); one dropout mask for the whole group."""
         if x.is_inference() or down.is_inference():  # such tensors have no version: a change of x between two members could not be seen
-            return _Down.apply(x, down, dtype, dropout, equation.draw_seed() if dropout else 0)
+            return _Down.apply(x, down, dtype, dropout, draws.draw_seed() if dropout else 0)
         key = (x._version, x.requires_grad, down.data_ptr(), down.shape, down._version, dtype, dropout, torch.is_grad_enabled())
         if dropout:
             # A checkpointed region that is run again draws its seeds again: a mask must not cross the border of a region.
             key = (*key, torch._C._autograd._top_saved_tensors_default_hooks(False))  # pyright: ignore[reportAttributeAccessIssue]
         made: _Made | None = getattr(self._made, "value", None)
         if made is None or made.x() is not x or made.key != key or member in made.taken:
-            h = _Down.apply(x, down, dtype, dropout, equation.draw_seed() if dropout else 0)
+            h = _Down.apply(x, down, dtype, dropout, draws.draw_seed() if dropout else 0)
             made = self._made.value = _Made(weakref.ref(x, self._forget), key, h, set())
         made.taken.add(member)
         if len(made.taken) == self.members:
@@ -89,7 +88,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
         rows = as_rows(x).to(dtype)
-        rows = drop(rows, dropout, seed) if dropout else rows
+        rows = draws.drop(rows, dropout, seed) if dropout else rows
         ctx.down = down
         ctx.dropout, ctx.seed, ctx.shape, ctx.dtype = dropout, seed, x.shape, x.dtype
         return rows @ down.to(dtype).T
@@ -100,5 +99,5 @@ class _Down(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = grads[0] @ ctx.down.to(grads[0].dtype)
-            dx = (drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
+            dx = (draws.drop(dx, ctx.dropout, ctx.seed) if ctx.dropout else dx).view(ctx.shape).to(ctx.dtype)
         return dx, None, None, None, None

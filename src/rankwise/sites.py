@@ -18,7 +18,7 @@ from rankwise.patterns import PatternError, expression
 from rankwise.recipe import Targets
 from rankwise.routing.base import BlockGate
 from rankwise.sharing import SharedMember
-from rankwise.storage import NF4Linear, Storage, storage_of
+from rankwise.storage import NF4Linear, Storage, WideLinear, storage_of
 from rankwise.storage.dense import is_conv1d
 from rankwise.storage.workspace import read_once
 from rankwise.updates import Part, Site, Update
@@ -319,7 +319,7 @@ def switched(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 def kind_of(module: nn.Module) -> str | None:
     """'linear', 'conv1d', 'embedding', 'opaque' (called, never looked into), or None for what cannot be adapted."""
-    if type(module) in (nn.Linear, NF4Linear):
+    if type(module) in (nn.Linear, NF4Linear, WideLinear):
         return "linear"
     if is_conv1d(module):
         return "conv1d"

@@ -7,19 +7,22 @@ backward is one (tokens, width) tensor. Rows without a label never meet the head
 (arXiv 2410.10989, section 3.2) for a head that does not train; nothing waits for the device.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+if TYPE_CHECKING:
+    from rankwise.storage import Storage
+
 IGNORED = -100
 _CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk
 _ROWS_ON_GPU = 1024  # fewer rows leave a large GPU without work
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, storage: "Storage") -> Tensor:
     """The summed loss, 0-d fp32, with gradients for `hidden` alone.
 
     Args:
@@ -27,8 +30,9 @@ def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
         weight: (vocabulary, width), frozen.
         bias: (vocabulary,) or None, frozen.
         labels: (tokens,), the class of each row; all of them are in the vocabulary.
+        storage: what multiplies by the weight.
     """
-    return _HeadLoss.apply(hidden, weight, bias, labels)
+    return _HeadLoss.apply(hidden, weight, bias, labels, storage)
 
 
 def reference_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -44,20 +48,20 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, storage: "Storage") -> Tensor:
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = chunk_rows(weight.shape[0], hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             of_label = labels[part, None]
-            logits = F.linear(hidden[part], weight, bias)  # (rows, vocabulary), in the head's dtype; from here on fp32
+            logits = storage.product(hidden[part], bias, weight)  # (rows, vocabulary), in the head's dtype; from here on fp32
             logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             total -= logp.gather(1, of_label).sum()
             if gradient is not None:
                 slope = logp.exp_()
                 slope.scatter_add_(1, of_label, torch.full_like(of_label, -1, dtype=slope.dtype))
-                torch.mm(logits.copy_(slope), weight, out=gradient[part])
+                gradient[part] = storage.product_t(logits.copy_(slope), weight)
         ctx.save_for_backward(gradient)
         return total
 
@@ -65,4 +69,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None, None
+        return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None, None, None

@@ -35,6 +35,10 @@ class Storage(ABC):
     def product_t(self, g: Tensor, *weights: Tensor) -> Tensor:
         """g W, (..., in), in g's dtype."""
 
+    def wider(self, x: Tensor, *weights: Tensor) -> torch.dtype | None:
+        """The dtype in which the products with x, or with a gradient like x, are computed; None for x's own (or autocast's)."""
+        return None
+
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x W^T without bias in the weight's dtype, differentiable in x: for small matrices such as `down` (rank, in) -> (rank, out)."""
         weights = self.tensors(layer)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from rankwise.errors import TargetError
 from rankwise.storage.base import Storage
-from rankwise.storage.nf4 import NF4Linear
 
 
 class Dense(Storage):
@@ -132,20 +131,3 @@ DENSE, CONV1D, OPAQUE, EMBEDDING = Dense(), ConvOneD(), Opaque(), Embedding()
 def is_conv1d(layer: nn.Module) -> bool:
     """GPT-2's Conv1D, recognised without importing transformers."""
     return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
-
-
-def storage_of(layer: nn.Module) -> Storage:
-    """The storage that serves a base layer as it stands now; decided anew at each forward, so that late hooks are seen."""
-    if isinstance(layer, nn.Embedding):
-        return EMBEDDING
-    quantized = type(layer) is NF4Linear
-    known = layer.storage if quantized else DENSE if type(layer) is nn.Linear else CONV1D if is_conv1d(layer) else OPAQUE
-    if known is OPAQUE or "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
-        return OPAQUE
-    if layer._backward_hooks or layer._backward_pre_hooks:
-        return OPAQUE
-    for parameter in (layer.bias,) if quantized else (layer.weight, layer.bias):
-        # a tensor subclass (quantized, sharded) may not support the in-place products; a trained weight needs its own gradient
-        if parameter is not None and (type(parameter) not in (nn.Parameter, Tensor) or parameter.requires_grad):
-            return OPAQUE
-    return known

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.errors import RecipeError, TargetError
+from rankwise.kernels.site import as_they_stand
 from rankwise.storage.base import Storage, StorageChoice
 from rankwise.storage.nf4_codes import Codes, bytes_of, check_blocksize, dequantize, dequantize_into, quantize
+from rankwise.storage.widening import widens
 from rankwise.storage.workspace import dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,12 +69,17 @@ _product.register_autograd(_backward, setup_context=_setup)
 
 @dataclass(frozen=True)
 class NF4Storage(Storage):
-    """The products of one NF4Linear: its shape and format, no tensor. `recorded` is the dtype that a dense weight is rounded to."""
+    """The products of one NF4Linear: its shape and format, no tensor.
+
+    recorded: the dtype that a dense weight is rounded to.
+    wide: products with a 16-bit x are computed in fp32 where `widens` says so, and rounded once.
+    """
 
     out_features: int
     in_features: int
     blocksize: int
     recorded: torch.dtype
+    wide: bool = False
 
     def tensors(self, layer: nn.Module) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in cast("NF4Linear", layer).held() if tensor is not None)
@@ -80,13 +87,19 @@ class NF4Storage(Storage):
     def bias(self, layer: nn.Module) -> Tensor | None:
         return cast("Tensor | None", layer.bias)
 
+    def wider(self, x: Tensor, *weights: Tensor) -> torch.dtype | None:
+        return torch.float32 if self.wide and widens(x) and not torch.compiler.is_compiling() else None
+
     def product(self, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # as F.linear itself would
-        return _product(x, list(weights), bias, self.out_features, self.blocksize, self.recorded)
+        x, dtype = x.to(self.wider(x) or x.dtype), x.dtype
+        with as_they_stand(x.dtype != dtype):
+            return _product(x, list(weights), bias, self.out_features, self.blocksize, self.recorded).to(dtype)
 
     def product_t(self, g: Tensor, *weights: Tensor) -> Tensor:
-        return _product_t(g, list(weights), self.in_features, self.blocksize, self.recorded)
+        wide = g.to(self.wider(g) or g.dtype)
+        return _product_t(wide, list(weights), self.in_features, self.blocksize, self.recorded).to(g.dtype)
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         return self.product(x.to(self.recorded), None, *self.tensors(layer))
