@@ -6,8 +6,8 @@
     python -m benchmarks.evidence --status                       # what is there, what is left
     python -m benchmarks.evidence --report                       # docs/evidence.md and its plot from what is there
 
-A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps; the one with the lowest loss
-on rows kept for that is trained at full length with three seeds. Each run leaves one JSON under benchmarks/results/evidence/, in one
+A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps, and up to three above it while
+the highest is the best; the one with the lowest loss on rows kept for that is trained at full length with three seeds. Each run leaves one JSON under benchmarks/results/evidence/, in one
 rename, and is not run again. Needs torch and transformers beside rankwise; takes a GPU where there is one.
 """
 
@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, replace, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ METHODS = (*FIRST, *(name for name in RECIPES if name not in FIRST))
 #: what a recipe cannot do without here: neither task has kinds of rows, which the balance loss of LoRAMoE would compare
 OPTIONS: dict[str, dict[str, Any]] = {"loramoe": {"delta": 0.0}}
 SEEDS = (0, 1, 2)
+BEYOND = 3  # rates tried above a bracket, each half as far again on a logarithmic scale as its middle from its end
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,27 @@ def trains(task: Task, method: str) -> bool:
     return method != "frozen" or task.kind == "classification"
 
 
-def searches(task: Task, method: str, steps: int) -> list[Run]:
-    """The runs that choose the rate."""
-    return [Run(task.name, method, lr, 0, max(1, steps // 4)) for lr in bracket(method)] if trains(task, method) else []
+def searches(root: Path, task: Task, method: str, steps: int) -> list[Run]:
+    """The runs that choose the rate, as far as they are known: those of the bracket, then beyond its upper end as long as that is the best."""
+    if not trains(task, method):
+        return []
+    low, middle, high = bracket(method)
+    runs = [Run(task.name, method, lr, 0, max(1, steps // 4)) for lr in (low, middle, high)]
+    for beyond in range(1, BEYOND + 1):
+        losses = losses_of(root, runs)
+        if losses is None or not losses or min(losses, key=losses.__getitem__) != runs[-1].lr:
+            break
+        runs.append(replace(runs[-1], lr=float(f"{high * (high / middle) ** (beyond / 2):.3g}")))
+    return runs
+
+
+def losses_of(root: Path, runs: list[Run]) -> dict[float, float] | None:
+    """Rate -> validation loss of the runs that came through; None until all were run. A loss that is no number is none."""
+    found = [(run.lr, read(run.path(root))) for run in runs]
+    if any(result is None for _, result in found):
+        return None
+    losses = {lr: mean(result["validation"]) for lr, result in found if result and "validation" in result}
+    return {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -89,11 +108,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def chosen(root: Path, task: Task, method: str, steps: int) -> float | None:
-    """The rate with the lowest validation loss at a quarter of the steps; None until all three were tried, or when none came through."""
-    found = [(run.lr, read(run.path(root))) for run in searches(task, method, steps)]
-    if any(result is None for _, result in found):
-        return None
-    losses = {lr: mean(result["validation"]) for lr, result in found if result and "validation" in result}
+    """The rate with the lowest validation loss at a quarter of the steps; None until all were tried, or when none came through."""
+    losses = losses_of(root, searches(root, task, method, steps))
     return min(losses, key=losses.__getitem__) if losses else None
 
 
@@ -113,7 +129,8 @@ def jobs(root: Path, tasks: list[Task], methods: list[str], data: Mapping[str, D
     for task in tasks:
         steps = final_steps(task, data[task.name])
         for method, seeds in stages:
-            yield from (run for run in searches(task, method, steps) if not run.path(root).is_file())
+            while left := [run for run in searches(root, task, method, steps) if not run.path(root).is_file()]:
+                yield from left
             yield from (run for run in finals(root, task, method, steps)[seeds] if not run.path(root).is_file())
 
 
@@ -246,7 +263,7 @@ def status(root: Path, tasks: list[Task], methods: list[str], data: Mapping[str,
     for task in tasks:
         steps = final_steps(task, data[task.name])
         for method in methods:
-            search = searches(task, method, steps)
+            search = searches(root, task, method, steps)
             final = finals(root, task, method, steps)
             found = [read(run.path(root)) for run in (*search, *final)]
             done = sum(result is not None for result in found)

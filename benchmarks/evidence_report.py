@@ -10,12 +10,13 @@ from pathlib import Path
 from benchmarks import compositions, paper_figures
 from benchmarks.claims import CLAIMS, decoding, sequence
 from benchmarks.common import write_json
-from benchmarks.evidence import METHODS
+from benchmarks.evidence import METHODS, bracket
 from benchmarks.evidence_results import Evidence, Row, difference, gather, results_of
 from benchmarks.evidence_tasks import TASKS, Task
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- begin: python -m benchmarks.evidence --report -->", "<!-- end -->"
+EDGES = {"": "", "low": " (end of bracket)", "high": " (the last tried)", "beyond": " (above its bracket)"}
 NAMES = {"frozen": "frozen base", "full": "full fine-tuning"}
 
 
@@ -57,7 +58,7 @@ def line(evidence: Evidence, row: Row) -> dict[str, str]:
         made["general perplexity"] = f"{math.exp(row.mean('general')):.2f}"
         if row.method != "frozen" and base.runs:
             made["forgotten (loss)"] = str(difference(row, base, "general"))
-    made["lr"] = "" if not row.lr else f"{row.lr:.3g}{' (end of bracket)' if row.edge else ''}"
+    made["lr"] = "" if not row.lr else f"{row.lr:.3g}{EDGES[row.edge]}"
     made["trained"] = f"{row.size('trained_parameters'):,}"
     start = row.size("parameters_at_start")
     if start != row.size("trained_parameters"):
@@ -209,7 +210,9 @@ def write_report(root: Path) -> None:
         lines += [about(evidence.task, evidence), "", markdown([{key: row.get(key, "") for key in names} for row in rows]), ""]
         ends = [row.method for row in evidence.rows.values() if row.edge == "high"]
         if ends:
-            lines += [f"{len(ends)} methods chose the upper end of their bracket: {', '.join(ends)}. A higher rate might do better.", ""]
+            lines += [f"{len(ends)} methods chose the highest rate that was tried: {', '.join(ends)}. A higher one might do better.", ""]
+        if above := [row.method for row in evidence.rows.values() if row.lr and row.lr > bracket(row.method)[2]]:
+            lines += [f"{len(above)} methods went beyond their bracket: {', '.join(above)}.", ""]
     if parts:
         plot(parts, DOCS / "evidence.png")
         lines += ["![test loss less LoRA's, and forgetting](evidence.png)", ""]

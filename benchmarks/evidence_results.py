@@ -22,7 +22,7 @@ class Row:
     task: str
     method: str
     lr: float | None
-    edge: str  # 'low' or 'high' where the chosen rate ends the bracket
+    edge: str  # 'low' or 'high' where the chosen rate is the last one tried there, 'beyond' where it lies above the bracket
     runs: dict[int, dict[str, Any]]
     missing: str  # why runs are missing: 'not run', or what was raised
 
@@ -103,11 +103,13 @@ def gather(root: Path, name: str, steps: int | None = None) -> Evidence:
         lr = chosen(root, task, method, steps)
         wanted = finals(root, task, method, steps)
         found = {run.seed: result for run in wanted if (result := read(run.path(root))) is not None}
-        tried = [result for run in searches(task, method, steps) if (result := read(run.path(root))) is not None]
+        tried = [result for run in searches(root, task, method, steps) if (result := read(run.path(root))) is not None]
         failed = [result["failed"] for result in (*found.values(), *tried) if "failed" in result]
         runs = {seed: result for seed, result in found.items() if "failed" not in result}
         low, _, high = bracket(method)
-        edge = "" if lr is None or not trains(task, method) else "low" if lr == low else "high" if lr == high else ""
+        last = max((run.lr for run in searches(root, task, method, steps)), default=None)
+        edge = "" if lr is None or not trains(task, method) else "low" if lr == low else "high" if lr == last else ""
+        edge = edge or ("beyond" if lr is not None and lr > high and trains(task, method) else "")
         count = 1 if not trains(task, method) else len(SEEDS)
         missing = failed[0] if failed and not runs else "" if len(runs) == count else "not run" if not runs else f"{len(runs)} of {count}"
         rows[method] = Row(name, method, lr, edge, runs, missing)

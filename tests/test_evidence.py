@@ -101,6 +101,22 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_search_goes_on_above_the_bracket_while_its_end_is_the_best(tmp_path: Path) -> None:
+    """Until a rate is worse, is no number, or three were tried; the end that was reached is told."""
+    steps = 28
+    low, middle, high = evidence.bracket("lora")
+    step = (high / middle) ** 0.5
+    for number, (further, best, edge) in enumerate([([1.5, 1.7], 3, "beyond"), ([float("nan")], 2, "beyond"), ([1.5, 1.2, 1.0], 5, "high")]):
+        root, losses = tmp_path / str(number), iter([3.0, 2.5, 2.0, *further])
+        while left := [run for run in evidence.searches(root, SHORT, "lora", steps) if not run.path(root).is_file()]:
+            evidence.write(left[0].path(root), {"validation": [[next(losses), 1.0, 0.0]]})
+        tried = [run.lr for run in evidence.searches(root, SHORT, "lora", steps)]
+        assert tried == pytest.approx([low, middle, high, *(high * step**n for n in range(1, len(further) + 1))], rel=5e-3)
+        assert evidence.chosen(root, SHORT, "lora", steps) == tried[best]
+        found = gather(root, SHORT.name, steps).rows["lora"]
+        assert found.edge == ("" if best == 2 else edge)
+
+
 def test_results_of_other_rows_are_refused(tmp_path: Path) -> None:
     data = {SHORT.name: rows_of(SHORT)}
     path = Run(SHORT.name, "lora", 1e-3, 0, 7).path(tmp_path)
