@@ -6,9 +6,10 @@
     python -m benchmarks.evidence --status                       # what is there, what is left
     python -m benchmarks.evidence --report                       # docs/evidence.md and its plot from what is there
 
-A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps, and up to three above it while
-the highest is the best; the one with the lowest loss on rows kept for that is trained at full length with three seeds. Each run leaves one JSON under benchmarks/results/evidence/, in one
-rename, and is not run again. Needs torch and transformers beside rankwise; takes a GPU where there is one.
+A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps, and up to three above it
+while the highest is the best; the one with the lowest loss on rows kept for that is trained at full length with three seeds. Each run
+leaves one JSON under benchmarks/results/evidence/, in one rename, and is not run again. Needs torch and transformers beside rankwise; takes
+a GPU where there is one.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def trains(task: Task, method: str) -> bool:
 
 
 def searches(root: Path, task: Task, method: str, steps: int) -> list[Run]:
-    """The runs that choose the rate, as far as they are known: those of the bracket, then beyond its upper end as long as that is the best."""
+    """The runs that choose the rate, as far as they are known: those of the bracket, then above it while the highest is the best."""
     if not trains(task, method):
         return []
     low, middle, high = bracket(method)

@@ -106,7 +106,8 @@ def test_a_search_goes_on_above_the_bracket_while_its_end_is_the_best(tmp_path: 
     steps = 28
     low, middle, high = evidence.bracket("lora")
     step = (high / middle) ** 0.5
-    for number, (further, best, edge) in enumerate([([1.5, 1.7], 3, "beyond"), ([float("nan")], 2, "beyond"), ([1.5, 1.2, 1.0], 5, "high")]):
+    cases = [([1.5, 1.7], 3, "beyond"), ([float("nan")], 2, "high"), ([1.5, 1.2, 1.0], 5, "high")]
+    for number, (further, best, edge) in enumerate(cases):
         root, losses = tmp_path / str(number), iter([3.0, 2.5, 2.0, *further])
         while left := [run for run in evidence.searches(root, SHORT, "lora", steps) if not run.path(root).is_file()]:
             evidence.write(left[0].path(root), {"validation": [[next(losses), 1.0, 0.0]]})
