@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.errors import CheckpointError, TargetError, TrainingError
-from rankwise.sites import adapted_sites, stacked_weights, trained_modules
+from rankwise.matching import stacked_weights
+from rankwise.sites import adapted_sites, trained_modules
 
 torch.set_num_threads(1)
 METHODS = ("lora", "dora", "pissa", "vera", "lora-fa")

@@ -20,13 +20,14 @@ from rankwise.fused_loss import unfuse_loss
 from rankwise.guarding import guard, unguard
 from rankwise.inits import Beginning, site_generator, stacked_beginnings
 from rankwise.ledger import Round
+from rankwise.matching import placement
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
 from rankwise.routing import GATE, Block
 from rankwise.routing.gating import install, uninstall
 from rankwise.sharing import SharedProjection
-from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, placement, switched, trained_modules
+from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, switched, trained_modules
 from rankwise.storage import storage_of
 from rankwise.storage.nf4 import NF4Linear, NF4Storage
 from rankwise.updates import Site

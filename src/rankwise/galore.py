@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from rankwise.eightbit import SMALL, Quantized, dequantize, quantize
 from rankwise.errors import RecipeError, TargetError, TrainingError
 from rankwise.inits.base import site_generator
+from rankwise.matching import find_sites, tied_names
 from rankwise.recipe import targets as read_targets
-from rankwise.sites import find_sites, tied_names
 from rankwise.storage.base import rounded_to
 from rankwise.subspace import NOT_FINITE, back, clamped, project, refresh, rotate, side_of
 

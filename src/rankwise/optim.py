@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
 from rankwise.gradients import DirectSteps, GradientRule
+from rankwise.matching import output_head
 from rankwise.resizing import grow, resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
-from rankwise.sites import AdaptedLinear, adapted_sites, output_head, parts_of
+from rankwise.sites import AdaptedLinear, adapted_sites, parts_of
 
 #: decay would pull these to a uniform choice, or to no activation at all
 UNDECAYED = frozenset({"gate", "activation"})

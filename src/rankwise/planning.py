@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from rankwise.calibration import note as calibration_note
 from rankwise.eightbit import bytes_of
 from rankwise.errors import RecipeError, TargetError
-from rankwise.preparing import dense_bytes, layers_to_hold
-from rankwise.recipe import Recipe
-from rankwise.report import human_bytes
-from rankwise.routing import Block
-from rankwise.routing.gating import gates_of
-from rankwise.sites import (
-    AdaptedLinear,
-    adapted_sites,
+from rankwise.matching import (
     block_of,
     find_sites,
     group_of,
@@ -27,9 +20,14 @@ from rankwise.sites import (
     shared_module_paths,
     stacked_weights,
     tied_names,
-    trained_modules,
     widths_of,
 )
+from rankwise.preparing import dense_bytes, layers_to_hold
+from rankwise.recipe import Recipe
+from rankwise.report import human_bytes
+from rankwise.routing import Block
+from rankwise.routing.gating import gates_of
+from rankwise.sites import AdaptedLinear, adapted_sites, trained_modules
 from rankwise.storage import NF4Linear
 from rankwise.storage.bnb_layout import is_bitsandbytes_4bit
 from rankwise.updates import Site, Slot

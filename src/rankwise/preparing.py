@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import TargetError, nearest
+from rankwise.matching import inside_attention, kind_of, matches, output_head, placement, shared_module_paths, tied_names
 from rankwise.recipe import Recipe
-from rankwise.sites import inside_attention, kind_of, matches, output_head, placement, shared_module_paths, tied_names
 from rankwise.storage import NF4Linear, storage_of
 from rankwise.storage.bnb_layout import as_nf4, is_bitsandbytes_4bit
 

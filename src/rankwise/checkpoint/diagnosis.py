@@ -23,8 +23,8 @@ from rankwise.checkpoint.peft_layout import NATIVE, PREFIX
 from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS
 from rankwise.checkpoint.servable import RANKS, SIDECAR
 from rankwise.errors import CheckpointError
+from rankwise.matching import kind_of, widths_of
 from rankwise.patterns import PatternError, expression
-from rankwise.sites import kind_of, widths_of
 from rankwise.updates import Site
 
 _FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight")

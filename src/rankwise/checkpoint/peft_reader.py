@@ -32,10 +32,10 @@ from rankwise.checkpoint.peft_tensors import (
 from rankwise.errors import CheckpointError
 from rankwise.gains import Dora, NoGain
 from rankwise.inits import Kaiming, OLora, Own, Pissa
+from rankwise.matching import find_sites
 from rankwise.patterns import expression
 from rankwise.recipe import Recipe, Targets, build_choice
 from rankwise.schedules import AdaLoraBudget
-from rankwise.sites import find_sites
 from rankwise.updates import LowRank, Site, Svd, Vera
 from rankwise.updates.svd import PEFT_EPSILON
 

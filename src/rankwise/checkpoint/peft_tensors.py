@@ -20,7 +20,7 @@ from rankwise.checkpoint.peft_fields import CONVERT, MERGE
 from rankwise.checkpoint.peft_layout import PREFIX
 from rankwise.equation import Start, shifted
 from rankwise.errors import CheckpointError
-from rankwise.sites import kind_of, tied_names
+from rankwise.matching import kind_of, tied_names
 from rankwise.storage import NF4Linear, storage_of
 from rankwise.storage.bnb_layout import is_bitsandbytes_4bit
 from rankwise.updates import Site, lora_slots

@@ -20,8 +20,8 @@ from rankwise.checkpoint.servable import DTYPES, RANKS, SIDECAR, about_base, pad
 from rankwise.checkpoint.served import as_served
 from rankwise.checkpoint.weights import Weights
 from rankwise.errors import CheckpointError, ConfigError
+from rankwise.matching import find_sites, kind_of, widths_of
 from rankwise.recipe import Targets
-from rankwise.sites import find_sites, kind_of, widths_of
 from rankwise.training.exporting import copy_tokenizer, refuse_existing
 from rankwise.training.folder import write_json
 from rankwise.training.models import check_weights, load_config_only, load_model, model_folder
