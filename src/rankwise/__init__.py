@@ -19,10 +19,10 @@ _HOME = {
     "measure": "rankwise.importance",
     "probe": "rankwise.probing",
     "adapt": "rankwise.adapting",
-    "disabled": "rankwise.adapting",
-    "reference": "rankwise.adapting",
-    "merge": "rankwise.adapting",
-    "unmerge": "rankwise.adapting",
+    "disabled": "rankwise.original",
+    "reference": "rankwise.original",
+    "merge": "rankwise.merging",
+    "unmerge": "rankwise.merging",
     "unadapt": "rankwise.adapting",
     "fuse_loss": "rankwise.fused_loss",
     "unfuse_loss": "rankwise.fused_loss",
@@ -76,13 +76,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from rankwise import recipes
-    from rankwise.adapting import adapt, disabled, merge, reference, unadapt, unmerge
+    from rankwise.adapting import adapt, unadapt
     from rankwise.checkpoint import load, save
     from rankwise.errors import RankwiseError
     from rankwise.fused_loss import fuse_loss, unfuse_loss
     from rankwise.galore import GaLore, galore_groups
     from rankwise.importance import Importance, allocate, measure
+    from rankwise.merging import merge, unmerge
     from rankwise.optim import attach, next_task, optimizer
+    from rankwise.original import disabled, reference
     from rankwise.planning import Plan, plan, summary
     from rankwise.probing import probe
     from rankwise.recipe import Recipe, Targets

@@ -1,73 +1,36 @@
-"""From a plan to an adapted model and back: adapt, disabled, reference, merge, unmerge, unadapt."""
+"""From a plan to an adapted model, and back to its base."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rankwise import lean
 from rankwise.calibration import beginnings
-from rankwise.context import Meter
 from rankwise.distributing import distributed
-from rankwise.equation import Start, shifted
+from rankwise.equation import shifted
 from rankwise.errors import TargetError
 from rankwise.folding import replay
 from rankwise.fused_loss import unfuse_loss
-from rankwise.guarding import guard, unguard
+from rankwise.guarding import guard
 from rankwise.inits import Beginning, site_generator, stacked_beginnings
-from rankwise.ledger import Round
 from rankwise.matching import placement
+from rankwise.merging import refuse_while_disabled, unmerge
+from rankwise.original import needs_original
 from rankwise.planning import Plan, plan
 from rankwise.preparing import needs_dense, prepare
 from rankwise.recipe import Recipe
+from rankwise.record import Adapted, Stored, adapted, put, thaw
 from rankwise.routing import GATE, Block
 from rankwise.routing.gating import install, uninstall
 from rankwise.sharing import SharedProjection
-from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, switched, trained_modules
+from rankwise.sites import AdaptedLinear, Offset, TrainedModule, adapted_sites, trained_modules
 from rankwise.storage import storage_of
-from rankwise.storage.nf4 import NF4Linear, NF4Storage
+from rankwise.storage.nf4 import NF4Storage
 from rankwise.updates import Site
-
-
-@dataclass
-class Adapted:
-    """What adapt leaves on the model: the recipe, the plan, and how the base's parameters were set."""
-
-    recipe: Recipe
-    plan: Plan
-    fingerprint: str
-    trainable: dict[str, bool]  # base parameter name -> requires_grad before
-    notes: list[str] = field(default_factory=list)
-    held_fingerprint: str | None = None  # of the base as the storage holds it, where that is another form of the same weights
-    meter: Meter = field(default_factory=Meter)  # of the losses that are attached to the graph
-    untied_config: bool = False  # merging untied weights, and said so in the model's config
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The tensors of one site as an adapter file holds them: what `build` takes instead of making a start of its own."""
-
-    update: Mapping[str, Tensor]  # slot name -> tensor
-    gain: Mapping[str, Tensor]  # slot name -> what `Gain.saved` gave
-    start: Start | None = None  # of a recipe whose init moves the base
-    weight: Tensor | None = None  # the base weight as a schedule has written it
-    ledger: list[Round] | None = None  # or the rounds that lead to it from the original weight
-
-
-def adapted(model: nn.Module) -> Adapted:
-    """The record of an adapted model.
-
-    Raises:
-        TargetError: the model is not adapted.
-    """
-    record = getattr(model, "rankwise", None)
-    if not isinstance(record, Adapted):
-        raise TargetError("the model has no adapters; call rankwise.adapt(model, recipe) first")
-    return record
 
 
 def adapt(model: nn.Module, recipe: Recipe | Plan, calibration: Iterable[Mapping[str, Tensor]] | None = None) -> nn.Module:
@@ -168,7 +131,7 @@ def build(
         adapter.place = places.get(site.name)
         if shared is not None and position == 0:
             adapter.register_module("pool", shared)  # the one registered owner of what all sites share
-        _replace(model, site.name, adapter)
+        put(model, site.name, adapter)
     for name, _ in made.trained_modules:
         base = modules[name]
         dropped = recipe.schedule.rewrites_base and recipe.schedule.original == "drop"
@@ -176,7 +139,7 @@ def build(
         module.trained.requires_grad_(True)
         for parameter in module.trained.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        _replace(model, name, module)
+        put(model, name, module)
     for block in made.blocks:
         _gate(model, block, recipe, None if gates is None else gates[block.name])
     if recipe.reads_context:
@@ -308,272 +271,30 @@ def _lost(weight: Tensor | None, begun: Beginning, site: Site, recipe: Recipe) -
     return wide - recipe.storage.rounded(wide - site.scaling * begun.up @ begun.down)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent_name, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent_name), last, module)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is exactly its base, bit for bit (to rounding where a recipe rewrote the base, as its plan says).
-
-    Nothing is frozen, thawed or moved; nesting is fine. A merged model is unmerged for the block; where a schedule has written into the
-    base, the original weights stand in their places for the block.
-
-    Raises:
-        TargetError: a schedule has written into the base and its original weights were not kept.
-    """
-    adapted(model)
-    with base_weights(model), original_weights(model), switched(model, enabled=False):
-        yield model
-
-
-@contextmanager
-def base_weights(model: nn.Module) -> Iterator[None]:
-    """Within the block the base layers of a merged model hold their own weights again."""
-    # a site that is off already has its base weight back, from the block around this one
-    merged_sites = [module for module in adapted_sites(model).values() if module.merged and module.enabled]
-    for module in merged_sites:
-        _swap_in(module)
-    try:
-        yield
-    finally:
-        for module in merged_sites:
-            _swap_out(module)
-
-
-@contextmanager
-def original_weights(model: nn.Module) -> Iterator[None]:
-    """Within the block the base layers that a schedule has written into hold their original weights again."""
-    written = [module for module in adapted_sites(model).values() if module.written and module.enabled]
-    for module in written:
-        _needs_original(module)
-    for module in written:
-        module.aside = module.storage.read(module.base_layer).to("cpu", copy=True)
-        module.storage.write(module.base_layer, cast(Tensor, module.original).to(module.weight.device))
-    try:
-        yield
-    finally:
-        for module in written:
-            module.storage.write(module.base_layer, cast(Tensor, module.aside).to(module.weight.device))
-            module.aside = None
-
-
-def has_base(model: nn.Module) -> bool:
-    """Whether `disabled` can give the base back: not once a schedule has written into weights whose originals were dropped."""
-    return all(module.original is not None for module in adapted_sites(model).values() if module.written)
-
-
-def _needs_original(module: AdaptedLinear) -> None:
-    if module.original is None:
-        raise TargetError(
-            f"the training has written into {module.site.name}, and the original weights were not kept (original='drop'); load the base "
-            "again, or take the trained model with rankwise.merge(model, keep_base=False)"
-        )
-
-
-class Reference(nn.Module):
-    """The base of an adapted model as a callable model of its own, sharing every tensor: DPO's `ref_model` without a second copy.
-
-    Runs in evaluation mode and without gradients, called or asked to `generate`; has no parameters of its own; other attributes are the
-    model's.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "adapted_model", model)  # unregistered: its parameters are not ours
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # around the whole call: a trainer may put a `forward` of its own in the place of ours, which runs parts of the model (TRL's fused
-        # head) or has bound the old one (accelerate's autocast)
-        with self._as_base():
-            return super().__call__(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._as_base() as model:
-            return model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate`."""
-        with self._as_base() as model:
-            return cast(Any, model).generate(*args, **kwargs)
-
-    @contextmanager
-    def _as_base(self) -> Iterator[nn.Module]:
-        model: nn.Module = self.adapted_model
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            model.eval()
-            with torch.no_grad(), disabled(model):
-                yield model
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            model = self.__dict__.get("adapted_model")
-            if model is None:
-                raise
-            return getattr(model, name)
-
-
-def reference(model: nn.Module) -> Reference:
-    """The base of an adapted model, as a callable model that shares its tensors."""
-    adapted(model)
-    return Reference(model)
-
-
-@torch.no_grad()
-def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
-    """Writes every update into the base weights: in fp32, rounded once to the base's dtype. A layer that is held in 4 bits is replaced by
-    a dense one in the dtype that its weight was quantized from: rounding to 4 bits again would lose the update.
-
-    Args:
-        model: an adapted model.
-        keep_base: keep the base weights on the CPU, so that `unmerge`, `disabled` and `unadapt` give them back bit for bit. False takes the
-            adapters off: what returns is a plain model with merged weights, no layer of it in 4 bits.
-
-    Raises:
-        TargetError: an update depends on the token, or the base cannot be written.
-    """
-    record = adapted(model)
-    _refuse_while_disabled(model, "merge")
-    sites = adapted_sites(model)
-    if any(module.merged for module in sites.values()):
-        raise TargetError("the model is merged already; call rankwise.unmerge(model) first")
-    try:
-        for module in sites.values():
-            _write_in(model, module)
-    except BaseException:  # all or nothing
-        for module in sites.values():
-            _take_out(module)
-        raise
-    config = getattr(model, "config", None)
-    if any(module.tied for module in sites.values()) and getattr(config, "tie_word_embeddings", False):
-        record.untied_config = True
-        cast(Any, config).tie_word_embeddings = False
-    if not keep_base:
-        for name, module in sites.items():
-            _replace(model, name, module.base_layer)
-        for name, held in [(name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear)]:
-            _replace(model, name, held.storage.replaced(held, held.dense_weight()))  # layers without an adapter: one dtype throughout
-        for name, trained in trained_modules(model).items():
-            _replace(model, name, trained.trained.to(trained.dtype))
-        _thaw(model, record)
-    return model
-
-
-def _write_in(model: nn.Module, module: AdaptedLinear) -> None:
-    weight, bias = module.merged_weight(), module.merged_bias()
-    if not bool(torch.isfinite(weight).all()):
-        raise TargetError(f"the merged weight of {module.site.name} is not finite; the adapter is broken")
-    _untie(model, module)
-    storage = module.storage
-    if isinstance(storage, NF4Storage):  # never back into 4 bits: that would round the update away
-        module.kept_layer = (module.base_layer,)
-        module.base_layer = storage.replaced(module.base_layer, weight)
-        if bias is not None:
-            module.base_layer.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
-        module.merged = True
-        return
-    module.kept_weight = storage.read(module.base_layer).detach().to("cpu", copy=True)
-    storage.write(module.base_layer, weight)
-    if bias is not None:
-        module.kept_bias = (cast(nn.Parameter, module.base_layer.bias),)
-        module.base_layer.bias = nn.Parameter(bias.to(module.kept_bias[0].dtype), requires_grad=False)
-    module.merged = True
-
-
-def _take_out(module: AdaptedLinear) -> None:
-    """The reverse of `_write_in`, also where that stopped before the end."""
-    if module.merged:
-        _swap_in(module)
-    if module.tied:
-        module.base_layer.weight = module.tied[0]
-    module.merged, module.kept_weight, module.kept_bias, module.kept_layer, module.tied = False, None, (), (), ()
-
-
-def _untie(model: nn.Module, module: AdaptedLinear) -> None:
-    """Gives a tied base layer a weight of its own, so that merging leaves the other owner alone; the layer remembers the common one."""
-    weight = getattr(module.base_layer, "weight", None)
-    if not isinstance(weight, nn.Parameter):
-        return
-    if any(
-        other is not module.base_layer and any(parameter is weight for parameter in other._parameters.values()) for other in model.modules()
-    ):
-        module.tied = (weight,)
-        module.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-
-
-def _refuse_while_disabled(model: nn.Module, what: str) -> None:
-    if not all(module.enabled for module in adapted_sites(model).values()):
-        raise TargetError(
-            f"{what} cannot run inside rankwise.disabled(model), which would put the weights of before back; leave the block first"
-        )
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> nn.Module:
-    """Takes the updates out of the base weights again: the base comes back bit for bit, from its copy."""
-    record = adapted(model)
-    _refuse_while_disabled(model, "unmerge")
-    sites = [module for module in adapted_sites(model).values() if module.merged]
-    if not sites:
-        raise TargetError("the model is not merged; call rankwise.merge(model) first")
-    for module in sites:
-        _take_out(module)
-    if record.untied_config:
-        record.untied_config = False
-        cast(Any, model).config.tie_word_embeddings = True
-    return model
-
-
-def _swap_in(module: AdaptedLinear) -> None:
-    """The kept base weight back into the layer, or the kept layer back into its place; the merged one waits where that was."""
-    if module.kept_layer:
-        (kept,) = module.kept_layer
-        module.kept_layer, module.base_layer = (module.base_layer,), kept.to(module.weight.device)
-        return
-    assert module.kept_weight is not None
-    storage = module.storage
-    merged = storage.read(module.base_layer).detach().to("cpu", copy=True)
-    storage.write(module.base_layer, module.kept_weight.to(module.weight.device))
-    module.kept_weight = merged
-    if module.kept_bias:
-        (bias,) = module.kept_bias
-        module.kept_bias, module.base_layer.bias = (cast(nn.Parameter, module.base_layer.bias),), bias
-
-
-_swap_out = _swap_in  # swapping twice is the identity
-
-
 @torch.no_grad()
 def unadapt(model: nn.Module) -> nn.Module:
     """Takes the adapters off and gives back the base, bit for bit (to rounding where a recipe rewrote it), with its parameters set as
     before."""
     record = adapted(model)
-    _refuse_while_disabled(model, "unadapt")
+    refuse_while_disabled(model, "unadapt")
     if any(module.merged for module in adapted_sites(model).values()):
         unmerge(model)
     for module in adapted_sites(model).values():
         if module.written:
-            _needs_original(module)
+            needs_original(module)
     for name, module in adapted_sites(model).items():
         base = module.base_layer
         if module.written:
             module.storage.write(base, cast(Tensor, module.original).to(module.weight.device))
         elif module.folded and module.offset is not None:
             base = _unfolded(module, moved(base, module.offset, module.site.scaling, 1.0))
-        _replace(model, name, base)
+        put(model, name, base)
     for name, trained in trained_modules(model).items():
-        _replace(model, name, trained.base_layer.to(trained.dtype))
+        put(model, name, trained.base_layer.to(trained.dtype))
     uninstall(model)
     lean.uninstall(model)
     unfuse_loss(model)
-    _thaw(model, record)
+    thaw(model, record)
     return model
 
 
@@ -584,10 +305,3 @@ def _unfolded(module: AdaptedLinear, weight: Tensor) -> nn.Module:
         return storage.replaced(layer, weight)
     storage.write(layer, weight)
     return layer
-
-
-def _thaw(model: nn.Module, record: Adapted) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(record.trainable.get(name, False))
-    unguard(model)
-    del model.rankwise

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise.adapting import adapted
 from rankwise.errors import TrainingError
 from rankwise.gradients import DirectSteps, GradientRule
 from rankwise.matching import output_head
+from rankwise.record import adapted
 from rankwise.resizing import grow, resize
 from rankwise.schedules import Change, Event, Moment, Running, Schedule, Sliced
 from rankwise.sites import AdaptedLinear, adapted_sites, parts_of

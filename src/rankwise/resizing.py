@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapting import adapted
 from rankwise.errors import RecipeError
 from rankwise.inits import site_generator
 from rankwise.recipe import Recipe
+from rankwise.record import adapted
 from rankwise.schedules import Sliced
 from rankwise.sites import AdaptedLinear, adapted_sites
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rankwise.adapting import Stored, build, shared_part
+from rankwise.adapting import build, shared_part
 from rankwise.checkpoint.atomic import recover, unfinished
 from rankwise.checkpoint.fingerprint import base_fingerprint, forecast_fingerprint
 from rankwise.checkpoint.json_text import read_object
@@ -25,6 +25,7 @@ from rankwise.importance import Importance
 from rankwise.patterns import PatternError
 from rankwise.planning import Plan, plan
 from rankwise.recipe import Recipe
+from rankwise.record import Stored
 from rankwise.routing import Block
 from rankwise.sites import trained_modules
 from rankwise.updates import UPDATES

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import ledger
-from rankwise.adapting import Adapted, Stored
 from rankwise.checkpoint.naming import peft_patterns, shortest
 from rankwise.checkpoint.peft_fields import ADALORA_DEFAULTS, LORA_DEFAULTS, VERA_DEFAULTS
 from rankwise.equation import Start
 from rankwise.planning import Plan, own_slots
 from rankwise.preparing import needs_dense
 from rankwise.recipe import Recipe
+from rankwise.record import Adapted, Stored
 from rankwise.sites import AdaptedLinear, adapted_sites
 from rankwise.updates import Site, Slot
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.adapting import adapted
 from rankwise.checkpoint.atomic import write_folder
 from rankwise.checkpoint.naming import base_names, peft_patterns
 from rankwise.checkpoint.peft_fields import LORA_DEFAULTS
@@ -24,6 +23,7 @@ from rankwise.checkpoint.saving import CONFIG, NATIVE_FILE, WEIGHTS, _write_json
 from rankwise.equation import stacked
 from rankwise.errors import CheckpointError
 from rankwise.ledger import recompressed
+from rankwise.record import adapted
 from rankwise.routing.static import Mixture
 from rankwise.sites import AdaptedLinear, adapted_sites, trained_modules
 from rankwise.updates import lora_slots

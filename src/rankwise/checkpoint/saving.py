@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.adapting import Adapted, adapted, base_weights
 from rankwise.checkpoint.atomic import write_folder
 from rankwise.checkpoint.card import card, facts, method_lines, put_card
 from rankwise.checkpoint.naming import base_names
@@ -34,6 +33,8 @@ from rankwise.checkpoint.peft_layout import (
     pool_keys,
 )
 from rankwise.errors import CheckpointError
+from rankwise.original import base_weights
+from rankwise.record import Adapted, adapted
 from rankwise.routing.gating import gates_of
 from rankwise.sites import adapted_sites, trained_modules
 from rankwise.updates import Site

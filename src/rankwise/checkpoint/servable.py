@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.adapting import adapted, moved
+from rankwise.adapting import moved
 from rankwise.checkpoint.lowrank import Cut, check_cut, cut_dense, cut_pair
 from rankwise.checkpoint.naming import base_names
 from rankwise.checkpoint.peft_fields import LORA_DEFAULTS
@@ -24,6 +24,7 @@ from rankwise.checkpoint.peft_layout import PREFIX, peft_targets, task_type
 from rankwise.checkpoint.portable import exact_pair
 from rankwise.checkpoint.saving import CONFIG, WEIGHTS, _write_json
 from rankwise.errors import CheckpointError
+from rankwise.record import adapted
 from rankwise.routing.static import Mixture
 from rankwise.sites import AdaptedLinear, adapted_sites
 from rankwise.updates import Site

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapting import adapted
 from rankwise.checkpoint.naming import plain_name
 from rankwise.errors import CheckpointError, nearest
+from rankwise.record import adapted
 from rankwise.sites import AdaptedLinear, adapted_sites
 
 

@@ -112,7 +112,7 @@ class Rounds(Schedule):
         return frozenset(total * j // rounds for j in range(1, rounds))
 
     def begin(self, model: nn.Module) -> Running:
-        from rankwise.adapting import adapted
+        from rankwise.record import adapted
         from rankwise.sites import adapted_sites
 
         recipe = adapted(model).recipe

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from rankwise.adapting import has_base
 from rankwise.checkpoint.json_text import read_object
 from rankwise.errors import CheckpointError, ConfigError
+from rankwise.original import has_base
 from rankwise.training.config import Config, make_config, task_configs
 from rankwise.training.folder import config_of, run_of
 from rankwise.training.models import Loaded, load_model, pick_device, pick_precision
