@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_checks import resumes_bit_for_bit
 from tiny_models import llama, token_ids
 from torch import Tensor, nn
+from training_models import make_world
 
 import rankwise as rw
 from rankwise.storage import WideLinear, storage_of, wide, widening
 from rankwise.storage.wide import WIDE
+from rankwise.training.models import load_model
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -70,6 +74,11 @@ def test_few_rows_other_dtypes_and_trained_weights_take_the_layers_own_products(
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     assert type(rw.fp32_products(nn.Linear(24, 16))) is nn.Linear
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -192,6 +201,22 @@ def test_nothing_wide_is_kept_for_the_backward(ids: Tensor) -> None:
         layer(x)
     mine = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own]
     assert {(tensor.dtype, tensor.numel()) for tensor in mine} == {(torch.bfloat16, x.numel()), (torch.float32, 40 * 2)}
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_bf16_run_multiplies_so_where_it_pays_says_so_and_resumes_bit_for_bit(
+    pays: bool, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widening, "_FROM_ROWS", 1)
+    monkeypatch.setattr("rankwise.storage.fp32_products_pay", lambda dtype: pays)
+    loaded = load_model(str(world / "llama"), "completion", dtype=torch.bfloat16)
+    assert any(type(module) is WideLinear for module in loaded.model.modules()) == pays
+    assert any("multiplied in fp32" in note for note in loaded.notes) == pays
+    widened: list[bool] = []
+    plain = wide.Wide.product
+    monkeypatch.setattr(wide.Wide, "product", lambda self, *args: widened.append(True) or plain(self, *args))
+    resumes_bit_for_bit(world, tmp_path, monkeypatch, {"name": "lora"}, train={"lr": 1e-2, "precision": "bf16"})
+    assert bool(widened) == pays
 
 
 def test_whether_they_pay_is_decided_once_a_process() -> None:
