@@ -426,12 +426,12 @@ def test_trl_asks_for_its_own_numbers_and_accelerate_wraps_the_forward() -> None
     assert gradients(model, batch)[0] == pytest.approx(own[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
-def test_blocks_compile_one_by_one_without_breaks_and_are_not_compiled_again(method: str) -> None:
+@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("lora", {"bias": True}), ("dora", {}), ("vera", {})])
+def test_blocks_compile_one_by_one_without_breaks_and_are_not_compiled_again(method: str, options: dict[str, Any]) -> None:
     """Whole graphs for forward and backward of every block; a second step with other numbers compiles nothing."""
     from torch._dynamo.utils import counters
 
-    model = moved(rw.adapt(llama(), getattr(rw.recipes, method)(rank=2, targets="all-linear"))).train()
+    model = moved(rw.adapt(llama(), getattr(rw.recipes, method)(rank=2, targets="all-linear", **options))).train()
     rw.fuse_loss(model)
     batches = [{"input_ids": token_ids(seed=seed), "labels": token_ids(seed=seed)} for seed in (1, 2)]
     eager = [gradients(model, batch) for batch in batches]

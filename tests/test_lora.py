@@ -1,13 +1,18 @@
 """The Checks of LoRA's specification (rsLoRA included)."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from method_checks import comes_back_from_its_file, resumes_bit_for_bit, trained_a_little
 from reference import Terms, forward, gradients
+from safetensors.torch import load_file
+from tiny_models import gpt2, llama, logits, token_ids
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from toys import Mlp, Qkv, one, only_site, saved_storages, stir
+from training_models import make_world
 
 import rankwise as rw
 from rankwise.errors import TargetError
@@ -273,3 +278,33 @@ def test_a_first_step_for_down_comes_second() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(update.down, start) is not moved
+
+
+def test_a_bias_beside_the_pair_trains_from_yaml_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path / "world")
+    whole = resumes_bit_for_bit(world, tmp_path, monkeypatch, {"name": "lora", "bias": True}, train={"lr": 1e-2})
+    assert any(name.endswith("lora_B.bias") for name in load_file(whole.run / "adapter" / "adapter_model.safetensors"))
+
+
+def test_a_bias_beside_the_pair_comes_back_from_its_file(tmp_path: Path) -> None:
+    """Over a base whose layers have a bias of their own, which merging needs."""
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    comes_back_from_its_file(trained_a_little(rw.adapt(gpt2(), lora(bias=True, rank=2, targets="all-linear")), batch), gpt2, tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["keep", "nf4"])
+def test_a_bias_beside_the_pair_adds_its_scaled_vector(storage: str) -> None:
+    """Whatever holds the base: with the pair at zero the output moves by scaling * shift, whose gradient is the sum over tokens."""
+    model = rw.adapt(llama(), lora(bias=True, rank=2, alpha=6, targets=["gate_proj"], storage=storage))
+    module = next(iter(adapted_sites(model).values()))
+    shift = module.update.shift
+    x = torch.randn(3, 5, module.site.in_features)
+    before = module(x).detach()
+    with torch.no_grad():
+        shift.copy_(torch.randn(shift.shape))
+    y = module(x)
+    torch.testing.assert_close(y.detach(), before + 3 * shift.detach(), rtol=1e-5, atol=1e-5)
+    g = torch.randn(y.shape)
+    y.backward(g)
+    torch.testing.assert_close(shift.grad, 3 * g.sum((0, 1)))
+    assert not torch.equal(logits(model, token_ids()), logits(llama(), token_ids()))
