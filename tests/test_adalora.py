@@ -638,10 +638,12 @@ def test_merging_after_the_cut_gives_the_same_model() -> None:
 # --- resuming --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("frozen", [(), ("down",)])
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("at", [2, 5, 9, 10, 11, 15])  # before, inside, just before, at and after the last pruning
-def test_a_plain_loop_resumes_bit_for_bit(at: int, compact: bool) -> None:
-    fields = {"tinit": 3, "tfinal": 6, "total": 16, "interval": 2, "compact": compact}
+def test_a_plain_loop_resumes_bit_for_bit(at: int, compact: bool, frozen: tuple[str, ...]) -> None:
+    """A frozen factor is cut with the others, so what is left of it belongs to the state."""
+    fields = {"tinit": 3, "tfinal": 6, "total": 16, "interval": 2, "compact": compact, "frozen": frozen}
     whole, stepping = toy(**fields)
     steps(whole, stepping, 0, 16)
     model, optimizer = toy(**fields)

@@ -12,15 +12,17 @@ from rankwise.sites import AdaptedLinear, adapted_sites
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
-    """Qualified name -> the model's own tensor: every parameter that trains, what it is measured from, what a schedule rewrites, and what
-    trained until a schedule froze it at its site (the LoRAs of earlier tasks)."""
-    rewrites = adapted(model).recipe.schedule.rewrites_base
+    """Qualified name -> the model's own tensor: every parameter that trains, what it is measured from, what a schedule rewrites, what
+    trained until a schedule froze it at its site (the LoRAs of earlier tasks), and the frozen factors whose ranks a schedule cuts."""
+    recipe = adapted(model).recipe
+    rewrites = recipe.schedule.rewrites_base
+    roles = recipe.frozen_roles if recipe.schedule.changes_ranks else ()
     found: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.gain is not None:
             found |= {f"{plain_name(name)}.gain.{anchor}": tensor for anchor, tensor in module.gain.anchors().items()}
         if isinstance(module, AdaptedLinear) and module.update is not None:
-            held = [slot for slot, about in module.update.slots.items() if about.frozen]
+            held = [slot for slot, about in module.update.slots.items() if about.frozen or about.role in roles]
             found |= {f"{plain_name(name)}.update.{slot}": getattr(module.update, slot) for slot in held}
         if isinstance(module, AdaptedLinear) and rewrites:
             found[f"{plain_name(name)}.base_weight"] = module.storage.live(module.base_layer)
