@@ -96,13 +96,15 @@ def times(folder: Path) -> str:
             "Not measured yet: `python -m benchmarks.train_step --memory --full --output benchmarks/results/train_step.json` measures them "
             "by interleaved pairs, apart from the runs above."
         )
+    memory = results_of(folder / "train_step_memory.json") or {"rows": []}
+    peaks = {(row["case"], row["who"]): row["peak MiB"] for row in [*memory["rows"], *found["rows"]] if "peak MiB" in row}
     rows = [
         {
             "method": row["case"] if row["who"] == "rankwise" else row["who"],
             "ms a step": f"{row['ms']:.0f}",
             "over the frozen base's step": f"{100 * row['overhead']:+.0f}%",
             "kept for the backward, MiB": f"{row['saved MiB']:.0f}",
-            "peak, MiB": f"{row['peak MiB']:.0f}" if "peak MiB" in row else "",
+            "peak, MiB": f"{peaks[key]:.0f}" if (key := (row["case"], row["who"])) in peaks else "",
         }
         for row in found["rows"]
         if row["who"] in ("rankwise", "floor", "full fine-tuning")
@@ -113,12 +115,13 @@ def times(folder: Path) -> str:
 
 
 def claims(parts: Iterable[Evidence]) -> str:
-    """The claims, each decided on every task that has results; what is decided by no task's rows once."""
+    """The claims, each decided on every task whose rows it needs were run; what is decided by no task's rows once."""
     rows = []
     for claim in CLAIMS:
         seen: set[str] = set()
-        for evidence in parts:
-            verdict = claim.decide(evidence)
+        found = [(evidence, claim.decide(evidence)) for evidence in parts]
+        decided = [(evidence, verdict) for evidence, verdict in found if verdict.verdict != "not run"]
+        for evidence, verdict in decided or found[-1:]:
             if verdict.numbers in seen:
                 continue
             seen.add(verdict.numbers)
@@ -170,7 +173,9 @@ def plot(parts: Sequence[Evidence], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(len(parts), 2, figsize=(12, 6.5 * len(parts)), layout="constrained", squeeze=False)
+    heights = [max(2.5, 0.22 * sum(bool(row.runs) for row in evidence.rows.values())) for evidence in parts]
+    size, ratios = (12, sum(heights)), {"height_ratios": heights}
+    figure, grid = pyplot.subplots(len(parts), 2, figsize=size, gridspec_kw=ratios, layout="constrained", squeeze=False)
     for evidence, (left, right) in zip(parts, grid, strict=True):
         lora, base = evidence.rows["lora"], evidence.rows["frozen"]
         ran = [row for row in evidence.rows.values() if row.runs and row.method not in ("lora", "frozen")]
