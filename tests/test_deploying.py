@@ -135,7 +135,7 @@ def test_a_merged_head_is_untied_in_the_configuration(world: Path, tmp_path: Pat
 
 
 def test_a_merge_that_lost_the_adapter_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rw.adapting, "_write_in", lambda model, module: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr("rankwise.merging._write_in", lambda model, module: None)
     with pytest.raises(CheckpointError, match="differs from the trained model"):
         merge(world / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

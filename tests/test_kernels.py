@@ -333,6 +333,7 @@ def test_copies_and_pickles_stay_lean_and_unadapt_gives_the_forwards_back() -> N
 def test_a_norm_that_trains_gets_its_gradient() -> None:
     model = moved(rw.adapt(llama(), rw.recipes.lora(rank=2, modules_to_save=["norm"]))).train()
     _, found = gradients(model, {"input_ids": token_ids(), "labels": token_ids()})
+    assert "model.norm.trained.weight" in found
     assert float(found["model.norm.trained.weight"].norm()) > 0
 
 

@@ -64,6 +64,11 @@ def test_what_is_not_read(text: str, message: str) -> None:
         expression(text)
 
 
+def test_repeats_inside_of_repeats_multiply() -> None:
+    with pytest.raises(PatternError, match="repeats something 40000 times"):
+        expression(r"(a{200}){200}")
+
+
 @pytest.mark.parametrize(
     "text",
     [

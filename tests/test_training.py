@@ -340,7 +340,7 @@ def test_the_first_interrupt_finishes_the_step_and_saves_it(world: Path, tmp_pat
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(world: Path, tmp_path: Path) -> None:
     config = plain_config(world, CAUSAL, tmp_path / "r", train={"lr": 1e30, "save_every": 1})
     with pytest.raises(
-        TrainingError, match=r"is (nan|inf) at step 2; the last good checkpoint is .*checkpoint-1\. Lower train\.lr"
+        TrainingError, match=r"the loss is (nan|inf) at step 2; the last good checkpoint is .*checkpoint-1\. Lower train\.lr"
     ) as caught:
         run(config)
     assert "1e+30" in str(caught.value)
