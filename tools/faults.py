@@ -44,8 +44,10 @@ def pytest_configure(config):
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.failed:
-        kind = call.excinfo.type
-        asserted = issubclass(kind, (AssertionError, pytest.fail.Exception)) and "Timeout" not in str(call.excinfo.value)[:20]
+        raised = call.excinfo.value
+        kind = type(raised)
+        several = raised.exceptions if isinstance(raised, BaseExceptionGroup) else (raised,)  # hypothesis gives all it has found
+        asserted = all(isinstance(one, (AssertionError, pytest.fail.Exception)) for one in several) and "Timeout" not in str(raised)[:20]
         _ENDED[item.nodeid] = ("assertion " if asserted and call.when == "call" else "error ") + kind.__name__
     elif report.when == "call" and report.passed:
         _ENDED.setdefault(item.nodeid, "passed")
