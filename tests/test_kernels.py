@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import FAMILIES
+from helpers import gradients, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, llama, token_ids
@@ -227,24 +228,6 @@ LEAN = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "mixtra
 
 def lean_forms(model: nn.Module) -> list[str]:
     return [module.__dict__["forward"].form for module in model.modules() if isinstance(module.__dict__.get("forward"), Lean)]
-
-
-def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(3)
-    loss = model(**batch).loss
-    loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """Every trained tensor away from zero, so that all gradients are there."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

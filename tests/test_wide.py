@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gradients, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_checks import resumes_bit_for_bit
@@ -95,12 +96,8 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return (difference / sum(float(want.double().square().sum()) for want in wanted.values())) ** 0.5
 
 
-def gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(3)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def batch(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids}
 
 
 METHODS = ("lora", "dora", "moslora", "adalora", "pissa", "vera", "loramoe", "am_lora", "lora_fa", "randlora", "qlora")
@@ -110,13 +107,7 @@ def adapted(method: str, dtype: torch.dtype) -> nn.Module:
     """With every trained tensor away from zero."""
     options: dict[str, Any] = {"vera": {"rank": 64}, "lora": {"rank": 2, "dropout": 0.1}}.get(method, {"rank": 2})
     torch.manual_seed(0)
-    model = rw.adapt(llama(dtype=dtype), getattr(rw.recipes, method)(targets="all-linear", **options)).train()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return moved(rw.adapt(llama(dtype=dtype), getattr(rw.recipes, method)(targets="all-linear", **options)).train())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,13 +115,13 @@ def test_every_kind_of_update_trains_over_wide_products_as_over_the_layers_own(m
     """Both against fp32 weights of the same values; the wide ones are no further from them, up to a margin for chance."""
     model = adapted(method, torch.bfloat16)
     exact = copy.deepcopy(model).float()
-    wanted, own = gradients(exact, ids), gradients(model, ids)
-    fast = gradients(rw.fp32_products(model), ids)
+    wanted, own = gradients(exact, batch(ids)), gradients(model, batch(ids))
+    fast = gradients(rw.fp32_products(model), batch(ids))
     assert fast[0] == pytest.approx(wanted[0], rel=3e-3)
     assert apart(fast[1], wanted[1]) <= 1.25 * apart(own[1], wanted[1])
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    again = gradients(checkpointed, ids)
+    again = gradients(checkpointed, batch(ids))
     assert again[0] == fast[0]
     assert all(torch.equal(again[1][name], fast[1][name]) for name in fast[1])
 
@@ -138,11 +129,27 @@ def test_every_kind_of_update_trains_over_wide_products_as_over_the_layers_own(m
 def test_autocast_changes_nothing(ids: Tensor) -> None:
     """Also not where the backward runs inside of it."""
     model = rw.fp32_products(adapted("lora", torch.bfloat16).eval())
-    plain = gradients(model, ids)
+    plain = gradients(model, batch(ids))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = gradients(model, ids)
+        inside = gradients(model, batch(ids))
     assert inside[0] == pytest.approx(plain[0], rel=2e-3)
     assert apart(inside[1], plain[1]) < 0.02
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "am_lora"])
+def test_an_fp32_input_under_autocast_is_narrowed_as_the_layer_does_it(method: str) -> None:
+    """At its start a site gives its base's very bits there too, in 16 bits."""
+    base = rw.fp32_products(llama(dtype=torch.bfloat16))
+    layer = base.model.layers[0].mlp.gate_proj  # type: ignore[union-attr]
+    x = drawn(40, 32, seed=1, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x)
+        model = rw.adapt(base, getattr(rw.recipes, method)(rank=2, targets=["gate_proj"]))
+        found = model.model.layers[0].mlp.gate_proj(x)  # type: ignore[union-attr]
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)
+    slopes = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (found, wanted)]
+    assert relative(*slopes) < 0.01
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -184,8 +191,8 @@ def test_the_fused_loss_takes_the_heads_products(ids: Tensor) -> None:
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    plain = gradients(model, ids)
-    fused = gradients(rw.fuse_loss(model), ids)
+    plain = gradients(model, batch(ids))
+    fused = gradients(rw.fuse_loss(model), batch(ids))
     assert fused[0] == pytest.approx(plain[0], rel=1e-4)
     assert apart(fused[1], plain[1]) < 0.02
 

@@ -35,6 +35,11 @@ def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
             yield slice(start, start + step), wide
 
 
+def _is_wide(x: Tensor, weight: Tensor) -> bool:
+    """Whether a site has widened x; under autocast an fp32 x is one that is to be narrowed."""
+    return x.dtype == torch.float32 != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 class Wide(Dense):
     """nn.Linear's weight in 16 bits, (out, in), multiplied in fp32. An x or g that is wide already gives a wide result."""
 
@@ -44,7 +49,7 @@ class Wide(Dense):
     def product(self, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
         (weight,) = weights
         narrow = self.wider(x, weight) is not None
-        if not narrow and (x.dtype != torch.float32 or weight.dtype == torch.float32):
+        if not narrow and not _is_wide(x, weight):
             return F.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1]).float()
         y = rows.new_empty(rows.shape[0], weight.shape[0])
@@ -58,7 +63,7 @@ class Wide(Dense):
     def product_t(self, g: Tensor, *weights: Tensor) -> Tensor:
         (weight,) = weights
         narrow = self.wider(g, weight) is not None
-        if not narrow and (g.dtype != torch.float32 or weight.dtype == torch.float32):
+        if not narrow and not _is_wide(g, weight):
             return g @ weight.to(g.dtype)
         rows = g.reshape(-1, g.shape[-1]).float()
         dx = None
