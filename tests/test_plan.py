@@ -196,6 +196,7 @@ SAVED: dict[str, Any] = {
     "folded pissa": rw.recipes.pissa(rank=4, base="fold"),
     "moslora": rw.recipes.moslora(rank=4),
     "vera": rw.recipes.vera(rank=24),
+    "vera of a large rank": rw.recipes.vera(rank=64),
     "dvora": rw.recipes.vera(rank=24).replace(gain="dora"),
     "propulsion": rw.recipes.propulsion(),
 }

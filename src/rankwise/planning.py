@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankwise.calibration import note as calibration_note
 from rankwise.eightbit import bytes_of
 from rankwise.errors import RecipeError, TargetError
+from rankwise.kernels.site import keeps_product
 from rankwise.matching import (
     block_of,
     find_sites,
@@ -154,9 +155,14 @@ class Plan:
             if trained - {"down"} and site.rank and not (self.recipe.update.shares_down and site.group and key in shared):
                 shared.add(key)
                 total += self.recipe.update.width_at(site)
+            if self._keeps_product(site, trained):
+                total += site.out_features
             if self.recipe.gain.name != "none":
                 total += site.out_features
         return total * element + ids
+
+    def _keeps_product(self, site: Site, trained: frozenset[str]) -> bool:
+        return not self.recipe.moves_base and keeps_product(self.recipe.update.width_at(site), "up" in trained, "tail" in trained)
 
     @property
     def flops_per_token(self) -> dict[str, int]:
@@ -169,7 +175,9 @@ class Plan:
         for site in self.sites:
             trained = trained_roles(self.recipe, site)
             inner = 4 + start + (2 if "down" in trained else 0)  # products with `down`: forward, gradients of x and of `down`
-            outer = 4 + start + (2 if trained - {"down"} else 0)  # products with `up`: forward, gradients of h and of what is behind h
+            # products with `up`: forward, gradient of h, and one for what stands behind h, but of a core alone, or where up h is kept
+            behind = bool(trained - {"down", "core"} or (start and trained - {"down"})) and not self._keeps_product(site, trained)
+            outer = 4 + start + (2 if behind else 0)
             if site.kind == "embedding" or (self.recipe.update.shares_down and site.group in projected):
                 inner = 0
             if site.group:

@@ -140,9 +140,14 @@ def _add_product(target: Tensor | None, left: Tensor, right: Tensor, factor: flo
     return target.addmm_(left, right, alpha=factor)
 
 
+def keeps_product(rank: int, up: bool, tail: bool) -> bool:
+    """Whether a site without a start keeps up h, (tokens, out), given whether `up` and `tail` train."""
+    return tail and not up and rank >= _KEEPS_PRODUCT_FROM
+
+
 def _keeps_product(left: Left, needs: Needs) -> bool:
-    apart = needs.tail and not needs.up and left.start is None and (left.core is None or left.core.dim() == 1)
-    return apart and left.up.shape[1] >= _KEEPS_PRODUCT_FROM
+    apart = left.start is None and (left.core is None or left.core.dim() == 1)
+    return apart and keeps_product(left.up.shape[1], needs.up, needs.tail)
 
 
 def _add_update(flat: Tensor, h: Tensor, moved: Tensor | None, left: Left, keep: bool) -> Tensor | None:
