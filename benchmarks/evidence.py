@@ -13,6 +13,7 @@ a GPU where there is one.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -143,8 +144,8 @@ def mean(rows: list[list[float]]) -> float:
     return sum(row[0] for row in rows) / sum(row[1] for row in rows)
 
 
-def contender(run: Run, task: Task, data: Data) -> tuple[nn.Module, Any]:
-    """The model of a method, and its optimizer; None where nothing trains."""
+def contender(run: Run, task: Task, data: Data, options: Mapping[str, Any] | None = None) -> tuple[nn.Module, Any]:
+    """The model of a method, and its optimizer; None where nothing trains. `options`: the recipe's, over those of the table."""
     loaded = load(task, data, run.seed)
     model, heads = loaded.model, tuple(loaded.full_modules)
     if run.method in BESIDE:
@@ -152,7 +153,8 @@ def contender(run: Run, task: Task, data: Data) -> tuple[nn.Module, Any]:
             parameter.requires_grad = run.method == "full" or name.startswith(tuple(f"{head}." for head in heads) or ("\0",))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return model, torch.optim.AdamW(trained, lr=run.lr, weight_decay=0.0, fused=True) if trained else None
-    recipe = RECIPES[run.method](**OPTIONS.get(run.method, {})).replace(seed=run.seed, lr=run.lr, modules_to_save=heads)
+    given = OPTIONS.get(run.method, {}) | dict(options or {})
+    recipe = RECIPES[run.method](**given).replace(seed=run.seed, lr=run.lr, modules_to_save=heads)
     recipe = recipe.replace(targets=replace(recipe.targets, exclude=(*recipe.targets.exclude, *task.exclude)))
     config = make_config(
         {"model": task.model, "task": task.kind, "data": "demo", "method": "lora", "seed": run.seed, "output": "unused"},
@@ -164,7 +166,7 @@ def contender(run: Run, task: Task, data: Data) -> tuple[nn.Module, Any]:
     rw.adapt(model, recipe, calibration=batches)
     second = validation_batches(config, prepared) if recipe.routing.wants_validation else None
     if second is not None:
-        second = [{key: value.to(loaded.device) for key, value in batch.items()} for batch in second]
+        second = [on_device(batch, model) for batch in second]
     return model, rw.optimizer(model, lr=run.lr, total_steps=run.steps, validation=second)
 
 
@@ -181,22 +183,34 @@ def order(data: Data, task: Task, run: Run) -> Iterator[Part]:
 def train(model: nn.Module, optimizer: Any, run: Run, task: Task, data: Data) -> list[float]:
     """The one loop: AdamW under a linear schedule with a short warm-up, gradients clipped at 1, as `rankwise train` has it. Stops at a loss
     that is no number."""
-    device = next(model.parameters()).device
     warm = max(1, round(0.05 * run.steps))
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, 1 - (step - warm) / max(1, run.steps)))
     losses: list[float] = []
     model.train()
     for rows in order(data, task, run):
-        loss = model(**{key: value.to(device) for key, value in data.collate(rows).items()}).loss
-        losses.append(round(float(loss.detach()), 6))
+        losses.append(round(step(model, optimizer, on_device(data.collate(rows), model)), 6))
         if not math.isfinite(losses[-1]):
             break
+        falling.step()
+    return losses
+
+
+def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def step(model: nn.Module, optimizer: Any, batch: Mapping[str, Tensor]) -> float:
+    """One step; the loss before it. Nothing is learned from a loss that is no number."""
+    loss = model(**batch).loss
+    told = float(loss.detach())
+    if math.isfinite(told):
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
-        falling.step()
         optimizer.zero_grad()
-    return losses
+    return told
 
 
 def tensor_bytes(value: Any) -> int:
@@ -224,13 +238,17 @@ def sizes(model: nn.Module, optimizer: Any) -> dict[str, int]:
     return made
 
 
-def execute(run: Run, task: Task, data: Data) -> dict[str, Any]:
-    """Trains and scores. A run that cannot be is a result too: what was raised is kept, and shown in the table."""
+def execute(run: Run, task: Task, data: Data, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Trains and scores. A run that cannot be is a result too: what was raised is kept, and shown in the table.
+
+    options: the recipe's, as for `contender`.
+    """
     begin = time.perf_counter()
     result: dict[str, Any] = {**asdict(run), "setting": asdict(task), "rows": data.digest}
     torch.manual_seed(run.seed)
+    model = optimizer = None
     try:
-        model, optimizer = contender(run, task, data)
+        model, optimizer = contender(run, task, data, options)
         result["parameters_at_start"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         result["losses"] = [] if optimizer is None else train(model, optimizer, run, task, data)
         if result["losses"] and not math.isfinite(result["losses"][-1]):
@@ -244,6 +262,8 @@ def execute(run: Run, task: Task, data: Data) -> dict[str, Any]:
         result["failed"] = f"{type(error).__name__}: {error}"
     result["seconds"] = round(time.perf_counter() - begin, 2)
     result["machine"] = machine()
+    model = optimizer = None
+    gc.collect()  # schedules hold models in cycles, and hundreds of runs follow each other
     return result
 
 

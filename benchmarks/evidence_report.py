@@ -202,7 +202,7 @@ def plot(parts: Sequence[Evidence], path: Path) -> None:
 def write_report(root: Path) -> None:
     """Writes the generated part of docs/evidence.md and the plots."""
     folder = root.parent
-    every = [gather(root, name) for name in TASKS]
+    every = [gather(root, task) for task in TASKS.values()]
     parts = [evidence for evidence in every if evidence.any]
     lines = ["## The table of methods", ""]
     for evidence in every:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from benchmarks.evidence import METHODS, SEEDS, bracket, chosen, final_steps, finals, read, searches, trains
-from benchmarks.evidence_tasks import TASKS, Task, rows_of
+from benchmarks.evidence_tasks import Task, rows_of
 
 RESAMPLES = 2000
 
@@ -94,12 +94,11 @@ class Evidence:
         return any(row.runs for row in self.rows.values())
 
 
-def gather(root: Path, name: str, steps: int | None = None) -> Evidence:
-    """The rows of a task from the raw files under `root`."""
-    task = TASKS[name]
+def gather(root: Path, task: Task, steps: int | None = None, methods: Sequence[str] = METHODS) -> Evidence:
+    """The rows of a task from the raw files under `root`. steps: of a final run, where the rows need not be read to know."""
     steps = final_steps(task, rows_of(task)) if steps is None else steps
     rows = {}
-    for method in METHODS:
+    for method in methods:
         lr = chosen(root, task, method, steps)
         wanted = finals(root, task, method, steps)
         found = {run.seed: result for run in wanted if (result := read(run.path(root))) is not None}
@@ -112,7 +111,7 @@ def gather(root: Path, name: str, steps: int | None = None) -> Evidence:
         edge = edge or ("beyond" if lr is not None and lr > high and trains(task, method) else "")
         count = 1 if not trains(task, method) else len(SEEDS)
         missing = failed[0] if failed and not runs else "" if len(runs) == count else "not run" if not runs else f"{len(runs)} of {count}"
-        rows[method] = Row(name, method, lr, edge, runs, missing)
+        rows[method] = Row(task.name, method, lr, edge, runs, missing)
     return Evidence(task, rows, root.parent)
 
 

@@ -114,7 +114,7 @@ def test_a_search_goes_on_above_the_bracket_while_its_end_is_the_best(tmp_path: 
         tried = [run.lr for run in evidence.searches(root, SHORT, "lora", steps)]
         assert tried == pytest.approx([low, middle, high, *(high * step**n for n in range(1, len(further) + 1))], rel=5e-3)
         assert evidence.chosen(root, SHORT, "lora", steps) == tried[best]
-        found = gather(root, SHORT.name, steps).rows["lora"]
+        found = gather(root, SHORT, steps).rows["lora"]
         assert found.edge == ("" if best == 2 else edge)
 
 
@@ -224,7 +224,7 @@ def test_every_recipe_has_a_claim() -> None:
 
 
 def test_a_table_without_results_says_so(tmp_path: Path) -> None:
-    empty = gather(tmp_path / "evidence", SHORT.name)
+    empty = gather(tmp_path / "evidence", SHORT)
     assert not empty.any
     assert {row.missing for row in empty.rows.values()} == {"not run"}
 

@@ -5,7 +5,9 @@ The adapted model's weights stand under names such as `q_proj.base_layer.weight`
 The guard is an attribute of the model, not of its class; `unadapt` and a final `merge` take it off.
 """
 
-import functools
+import copy
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,31 @@ _NAME = "save_pretrained"
 def guard(model: nn.Module) -> None:
     """Puts the refusal before the model's own `save_pretrained`, if it has one. Copies and pickles of the model keep it, for themselves."""
     if callable(getattr(type(model), _NAME, None)):
-        model.__dict__[_NAME] = functools.partial(_save_pretrained, model)
+        model.__dict__[_NAME] = _Guard(model)
 
 
 def unguard(model: nn.Module) -> None:
     """Gives the model its own `save_pretrained` back."""
     model.__dict__.pop(_NAME, None)
+
+
+class _Guard:
+    """`_save_pretrained` bound to one model, which does not keep it alive: the last reference to a model gives its memory back at once.
+
+    A copy of the model gets a guard of its own, and so does one that was pickled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        _save_pretrained(self.model(), save_directory, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
+        return _Guard(copy.deepcopy(self.model(), memo))  # which is being copied just now, so it is in `memo`
+
+    def __reduce__(self) -> tuple[Callable[..., "_Guard"], tuple[Any]]:
+        return _Guard, (self.model(),)
 
 
 def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ that are generated: c is made at prefill and kept on the KV cache. The paper doe
 ('ste'). All of it is computed in fp32: powers of six of a residual stream overflow fp16.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -248,7 +249,7 @@ class ActivationSteps(Running):
     """The other level: after each step on training rows, AdamW on the activations' coefficients alone, on one validation batch."""
 
     def __init__(self, model: nn.Module, lr: float, validation: Iterable[Mapping[str, Any]]) -> None:
-        self.model = model
+        self.model = weakref.ref(model)  # running schedules are kept per model: a reference of their own would keep it for ever
         self.parameters = [
             p for gate in gates_of(model).values() for name, p in gate.named_parameters() if gate.roles[name] == "activation"
         ]
@@ -259,18 +260,19 @@ class ActivationSteps(Running):
         self.loss: Tensor | None = None
 
     def on(self, event: Event, moment: Moment) -> Change | None:
-        if event != "step":
+        model = self.model()
+        if event != "step" or model is None:
             return None
         device = self.parameters[0].device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self._next().items()}
-        mode, meter = self.model.training, cast(Any, self.model).rankwise.meter
+        mode, meter = model.training, cast(Any, model).rankwise.meter
         try:
-            self.model.train()
+            model.train()
             with torch.enable_grad(), validating():
-                loss = self.model(**batch).loss
+                loss = model(**batch).loss
                 gradients = torch.autograd.grad(loss, self.parameters)
         finally:
-            self.model.train(mode)
+            model.train(mode)
             meter.take()  # what the validation forward attached is no part of the step's report
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
