@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,29 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
     """The median over rounds of one time over the other of the same round."""
     return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=True))
+
+
+def peak_bytes(step: Callable[[], object], times: int = 2) -> int:
+    """Bytes above what is held now at the worst moment of some steps. On a CPU of the whole process, so it wants one of its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _process("VmRSS") or 0
+    for _ in range(times):
+        step()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() - before
+    return (_process("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) - before
+
+
+def _process(what: str) -> int | None:
+    """A size of this process in bytes, as Linux tells it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    known = next((line for line in lines if line.startswith(what)), None)
+    return None if known is None else int(known.split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import compositions, paper_figures
-from benchmarks.claims import CLAIMS, decoding, sequence
+from benchmarks.claims import CLAIMS, ELSEWHERE
 from benchmarks.common import write_json
 from benchmarks.evidence import METHODS, bracket
 from benchmarks.evidence_results import Evidence, Row, difference, gather, results_of
@@ -114,6 +114,31 @@ def times(folder: Path) -> str:
     return f"From `benchmarks/results/train_step.json`: {shape}, {found['machine']['text']}.\n\n{markdown(rows)}"
 
 
+def steps(folder: Path) -> str:
+    """Time and memory of every row, from benchmarks.evidence_steps."""
+    found = results_of(folder / "evidence_steps.json")
+    if found is None:
+        return "Not measured yet: `python -m benchmarks.evidence_steps --output benchmarks/results/evidence_steps.json`."
+    rows = [
+        {
+            "method": NAMES.get(row["method"], row["method"]),
+            "ms a step": f"{row['ms']:.0f} ({row['p10_ms']:.0f} to {row['p90_ms']:.0f})",
+            "over the frozen base's step": f"{100 * (row['step / frozen'] - 1):+.0f}%",
+            "step / LoRA's": f"{row['step / lora']:.2f}",
+            "kept for the backward, MiB": f"{row['kept MiB']:.0f}",
+            "peak, MiB": f"{row['peak MiB']:.0f}",
+        }
+        for row in found["rows"]
+    ]
+    batch, length = found["setting"]["batch"]
+    told = (
+        f"Every row on the model of `completions`, fp32, {batch} x {length} tokens, clipping and optimizer included, in turns, "
+        f"{found['setting']['rounds']} rounds; median and the middle 80%; peak above the loaded model in a process of its own. From "
+        f"`benchmarks/results/evidence_steps.json`: {found['machine']['text']}."
+    )
+    return f"{told}\n\n{markdown(rows)}"
+
+
 def claims(parts: Iterable[Evidence]) -> str:
     """The claims, each decided on every task whose rows it needs were run; what is decided by no task's rows once."""
     rows = []
@@ -125,7 +150,7 @@ def claims(parts: Iterable[Evidence]) -> str:
             if verdict.numbers in seen:
                 continue
             seen.add(verdict.numbers)
-            own = claim.decide in (sequence, decoding)
+            own = claim.decide in ELSEWHERE
             rows.append(
                 {
                     "method": claim.method,
@@ -221,7 +246,7 @@ def write_report(root: Path) -> None:
     if parts:
         plot(parts, DOCS / "evidence.png")
         lines += ["![test loss less LoRA's, and forgetting](evidence.png)", ""]
-    lines += ["## Time and memory", "", times(folder), ""]
+    lines += ["## Time and memory", "", steps(folder), "", times(folder), ""]
     lines += ["## The papers' claims", "", claims(parts) if parts else "Nothing was run yet.", ""]
     lines += ["## The papers' figures, from shapes alone", "", figures(), ""]
     lines += ["## The map of compositions", "", map_of_compositions(folder), ""]

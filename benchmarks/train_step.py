@@ -17,7 +17,6 @@ import argparse
 import copy
 import gc
 import json
-import resource
 import subprocess
 import sys
 import warnings
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import interleave, machine, ratio, spread, synchronize, table, tune_allocator, write_json
+from benchmarks.common import interleave, machine, peak_bytes, ratio, spread, synchronize, table, tune_allocator, write_json
 from benchmarks.contenders import CASES, SHAPES, Case, Contender, agreement, base_model, floor, full, peft, rankwise
 
 LIMITS = {"fp32": {"loss": 1e-5, "gradient": 1e-3}, "bf16": {"loss": 5e-3, "gradient": 4e-2}}
@@ -152,22 +151,7 @@ def child(options: argparse.Namespace) -> None:
     contender = {"floor": floor, "full": full}[what](base, batch) if what in ("floor", "full") else one(base, batch, CASES[what], name)
     del base
     gc.collect()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line).split()[1]) * 1024
-    for _ in range(2):
-        contender.step()
-    if cuda:
-        top = torch.cuda.max_memory_allocated()
-    else:
-        status = Path("/proc/self/status").read_text().splitlines()
-        known = next((line for line in status if "VmHWM" in line), None)
-        top = int(known.split()[1]) * 1024 if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print((top - before) / 2**20)
+    print(peak_bytes(contender.step) / 2**20)
 
 
 def one(base: Any, batch: dict[str, Tensor], case: Case, name: str) -> Contender:

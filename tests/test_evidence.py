@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import evidence, paper_figures
+from benchmarks import evidence, paper_figures, ranks
 from benchmarks.claims import CLAIMS
 from benchmarks.evidence import Run
 from benchmarks.evidence_results import Evidence, Row, difference, gather
@@ -216,6 +216,39 @@ def test_claims_that_other_benchmarks_decide(tmp_path: Path) -> None:
         timed = [{"method": name, "tokens/s": 1.0, "over milora-mixture": ratio} for name in ("loramoe", "milora-mixture")]
         (tmp_path / "decoding.json").write_text(json.dumps({"rows": timed}))
         assert found["milora-mixture"].decide(here).verdict == verdict
+
+
+def test_claims_over_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both are decided by benchmarks.ranks: whether a rank of 64 helps, and how far a method's loss spreads over ranks."""
+    here = replace(everything(), folder=tmp_path)
+    large, few = (next(claim for claim in CLAIMS if claim.method == method) for method in ("rslora", "deep-lora"))
+    assert large.decide(here).verdict == few.decide(here).verdict == "not run"
+    for mine, verdict in ((1.9, "shown"), (2.1, "not shown")):
+        at = {("lora", 64): row("lora", 2.0), ("rslora", 64): row("rslora", mine)}
+        monkeypatch.setattr(ranks.Grid, "rows", lambda grid, root, at=at: at)
+        assert large.decide(here).verdict == verdict
+    for width, verdict in ((0.01, "shown"), (0.5, "not shown")):
+        widths = {"lora": 0.1, "deep-lora": width}
+        losses = {(method, rank): 2.0 + widths[method] * (rank == 64) for method in widths for rank in (8, 16, 32, 64)}
+        at = {(method, rank): row(method, loss) for (method, rank), loss in losses.items()}
+        monkeypatch.setattr(ranks.Grid, "rows", lambda grid, root, at=at: at)
+        told = few.decide(here)
+        assert told.verdict == verdict
+        assert f"{width - 0.1:+.4f}" in told.numbers
+
+
+def test_ranks_and_few_rows_are_what_the_runs_get(tmp_path: Path) -> None:
+    """Each rank has results of its own; each seed sixteen rows of its own, which end in `execute` as any others."""
+    grid = ranks.GRIDS["few"]
+    drawn = [grid.data(seed) for seed in (0, 1)]
+    assert [len(each.train) for each in drawn] == [16, 16]
+    assert drawn[0].train != drawn[1].train
+    left = list(zip(range(len(grid.ranks) * len(grid.methods) * 3), grid.left(tmp_path), strict=False))
+    assert left[0][1][0] == 8
+    short = replace(grid.data(0), train=Part(drawn[0].train[:8]), validation=Part(drawn[0].validation[:2]))
+    run = replace(left[0][1][1], steps=1)
+    results = {rank: evidence.execute(run, replace(grid.task, steps=4), short, {"rank": rank}) for rank in (8, 32)}
+    assert results[32]["trained_parameters"] == 4 * results[8]["trained_parameters"]
 
 
 def test_every_recipe_has_a_claim() -> None:

@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -42,7 +42,7 @@ class _Guard:
         _save_pretrained(self.model(), save_directory, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
-        return _Guard(copy.deepcopy(self.model(), memo))  # which is being copied just now, so it is in `memo`
+        return _Guard(cast(nn.Module, copy.deepcopy(self.model(), memo)))  # which is being copied just now, so it is in `memo`
 
     def __reduce__(self) -> tuple[Callable[..., "_Guard"], tuple[Any]]:
         return _Guard, (self.model(),)
