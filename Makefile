@@ -26,10 +26,12 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.evidence_steps
 
 # hours on 2 cores, minutes on a GPU; goes on where it was stopped
 evidence: .venv/ready
 	$(BIN)/python -m benchmarks.evidence
+	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.compositions
 	$(BIN)/python -m benchmarks.evidence --report
 

@@ -7,9 +7,9 @@
     python -m benchmarks.evidence --report                       # docs/evidence.md and its plot from what is there
 
 A method gets three learning rates of its own bracket (low, geometric middle, high) at a quarter of the steps, and up to three above it
-while the highest is the best; the one with the lowest loss on rows kept for that is trained at full length with three seeds. Each run
-leaves one JSON under benchmarks/results/evidence/, in one rename, and is not run again. Needs torch and transformers beside rankwise; takes
-a GPU where there is one.
+while the highest is the best; the one with the lowest loss on rows kept for that is trained at full length with three seeds, or the next if
+its first full run ends worse than its short one. Each run leaves one JSON under benchmarks/results/evidence/, in one rename, and is not run
+again. Needs torch and transformers beside rankwise; takes a GPU where there is one.
 """
 
 import argparse
@@ -109,10 +109,25 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def ranked(root: Path, task: Task, method: str, steps: int) -> tuple[list[float], list[float]]:
+    """The rates that come into question, by validation loss at a quarter of the steps, and those that were given up: with them the first
+    full run ended worse than the quarter had, or in no number. Both empty until all were tried.
+
+    A short run stands rates that a long one does not, most of all where a schedule has just begun to lower them.
+    """
+    losses = losses_of(root, searches(root, task, method, steps)) or {}
+    left, given_up = sorted(losses, key=losses.__getitem__), []
+    while left and (full := read(Run(task.name, method, left[0], SEEDS[0], steps).path(root))) is not None:
+        if "failed" not in full and mean(full["validation"]) <= losses[left[0]]:
+            break
+        given_up.append(left.pop(0))
+    return left, given_up
+
+
 def chosen(root: Path, task: Task, method: str, steps: int) -> float | None:
-    """The rate with the lowest validation loss at a quarter of the steps; None until all were tried, or when none came through."""
-    losses = losses_of(root, searches(root, task, method, steps))
-    return min(losses, key=losses.__getitem__) if losses else None
+    """The best rate that holds at full length, or the best at a quarter if none does; None until all were tried, or if none came through."""
+    left, given_up = ranked(root, task, method, steps)
+    return (left or given_up or [None])[0]
 
 
 def finals(root: Path, task: Task, method: str, steps: int) -> list[Run]:
@@ -133,7 +148,8 @@ def jobs(root: Path, tasks: list[Task], methods: list[str], data: Mapping[str, D
         for method, seeds in stages:
             while left := [run for run in searches(root, task, method, steps) if not run.path(root).is_file()]:
                 yield from left
-            yield from (run for run in finals(root, task, method, steps)[seeds] if not run.path(root).is_file())
+            while left := [run for run in finals(root, task, method, steps)[seeds] if not run.path(root).is_file()]:
+                yield left[0]  # whose result may change the rate
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------------------------

@@ -243,6 +243,9 @@ def write_report(root: Path) -> None:
             lines += [f"{len(ends)} methods chose the highest rate that was tried: {', '.join(ends)}. A higher one might do better.", ""]
         if above := [row.method for row in evidence.rows.values() if row.lr and row.lr > bracket(row.method)[2]]:
             lines += [f"{len(above)} methods went beyond their bracket: {', '.join(above)}.", ""]
+        lower = [f"{row.method} ({', '.join(f'{lr:.3g}' for lr in row.given_up)})" for row in evidence.rows.values() if row.given_up]
+        if lower:
+            lines += [f"Given up for the next rate, because the first full run ended worse than the short one: {', '.join(lower)}.", ""]
     if parts:
         plot(parts, DOCS / "evidence.png")
         lines += ["![test loss less LoRA's, and forgetting](evidence.png)", ""]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from benchmarks.evidence import METHODS, SEEDS, bracket, chosen, final_steps, finals, read, searches, trains
+from benchmarks.evidence import METHODS, SEEDS, bracket, chosen, final_steps, finals, ranked, read, searches, trains
 from benchmarks.evidence_tasks import Task, rows_of
 
 RESAMPLES = 2000
@@ -25,6 +25,7 @@ class Row:
     edge: str  # 'low' or 'high' where the chosen rate is the last one tried there, 'beyond' where it lies above the bracket
     runs: dict[int, dict[str, Any]]
     missing: str  # why runs are missing: 'not run', or what was raised
+    given_up: tuple[float, ...] = ()  # rates that were better at a quarter of the steps and did not hold at full length
 
     def rows(self, part: str, seeds: Sequence[int]) -> numpy.ndarray:
         """(rows, 3): [loss, weight, right] of each row, mean over seeds."""
@@ -111,7 +112,8 @@ def gather(root: Path, task: Task, steps: int | None = None, methods: Sequence[s
         edge = edge or ("beyond" if lr is not None and lr > high and trains(task, method) else "")
         count = 1 if not trains(task, method) else len(SEEDS)
         missing = failed[0] if failed and not runs else "" if len(runs) == count else "not run" if not runs else f"{len(runs)} of {count}"
-        rows[method] = Row(task.name, method, lr, edge, runs, missing)
+        given_up = tuple(rate for rate in ranked(root, task, method, steps)[1] if rate != lr)
+        rows[method] = Row(task.name, method, lr, edge, runs, missing, given_up)
     return Evidence(task, rows, root.parent)
 
 

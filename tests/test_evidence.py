@@ -118,6 +118,36 @@ def test_a_search_goes_on_above_the_bracket_while_its_end_is_the_best(tmp_path: 
         assert found.edge == ("" if best == 2 else edge)
 
 
+@pytest.mark.parametrize("full", [2.5, float("nan"), None])
+def test_a_rate_that_does_not_hold_at_full_length_is_given_up(full: float | None, tmp_path: Path) -> None:
+    """A first full run above its own short one, or one that failed, sends all seeds to the next rate; the raw results stay."""
+    data = {SHORT.name: rows_of(SHORT)}
+    steps = evidence.final_steps(SHORT, data[SHORT.name])
+    low, middle, high = evidence.bracket("lora")
+    short, seen = {low: 3.0, middle: 2.0, high: 2.2}, []
+    while run := next(evidence.jobs(tmp_path, [SHORT], ["lora"], data), None):
+        seen.append(run)
+        loss = short[run.lr] if run.steps < steps else full if run.lr == middle else 1.9
+        evidence.write(run.path(tmp_path), {"failed": "it broke"} if loss is None else {"validation": [[loss, 1.0, 0.0]]})
+    assert [(run.lr, run.seed) for run in seen[3:]] == [(middle, 0), (high, 0), (high, 1), (high, 2)]
+    found = gather(tmp_path, SHORT, steps).rows["lora"]
+    assert found.lr == high
+    assert found.given_up == (middle,)
+    assert len(found.runs) == 3
+
+
+def test_a_rate_is_kept_where_none_holds(tmp_path: Path) -> None:
+    """The best at a quarter then: the table tells what came out."""
+    data = {SHORT.name: rows_of(SHORT)}
+    steps = evidence.final_steps(SHORT, data[SHORT.name])
+    middle, short = evidence.bracket("lora")[1], iter([3.0, 2.0, 2.2])
+    while run := next(evidence.jobs(tmp_path, [SHORT], ["lora"], data), None):
+        evidence.write(run.path(tmp_path), {"validation": [[next(short) if run.steps < steps else 9.0, 1.0, 0.0]]})
+    found = gather(tmp_path, SHORT, steps).rows["lora"]
+    assert found.lr == middle
+    assert len(found.runs) == 3
+
+
 def test_results_of_other_rows_are_refused(tmp_path: Path) -> None:
     data = {SHORT.name: rows_of(SHORT)}
     path = Run(SHORT.name, "lora", 1e-3, 0, 7).path(tmp_path)
