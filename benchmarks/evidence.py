@@ -125,7 +125,7 @@ def ranked(root: Path, task: Task, method: str, steps: int) -> tuple[list[float]
 
 
 def chosen(root: Path, task: Task, method: str, steps: int) -> float | None:
-    """The best rate that holds at full length, or the best at a quarter if none does; None until all were tried, or if none came through."""
+    """The best rate that holds at full length, or the best at a quarter if none does; None until all were tried, or all failed."""
     left, given_up = ranked(root, task, method, steps)
     return (left or given_up or [None])[0]
 
