@@ -1,5 +1,6 @@
 """What every benchmark shares: one allocator setting, contenders run in turns in one process, and a description of the machine."""
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -124,6 +125,14 @@ def _processor() -> str:
     vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
     sets = [vectors, "bf16 products" if "avx512_bf16" in flags else "", "AMX" if "amx_bf16" in flags else ""]
     return f"{maker} server CPU" + (f" with {', '.join(filter(None, sets))}" if any(sets) else "")
+
+
+def listed(parser: argparse.ArgumentParser, given: str, known: Mapping[str, Any] | tuple[str, ...], what: str) -> list[str]:
+    """The names in a list with commas."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"{what}: {', '.join(unknown)} is none of {', '.join(known)}")
+    return names
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:

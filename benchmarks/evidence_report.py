@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import compositions, paper_figures
 from benchmarks.claims import CLAIMS, ELSEWHERE
 from benchmarks.common import write_json
-from benchmarks.evidence import METHODS, bracket
+from benchmarks.evidence_jobs import METHODS, bracket
 from benchmarks.evidence_results import Evidence, Row, difference, gather, results_of
 from benchmarks.evidence_tasks import TASKS, Task
 

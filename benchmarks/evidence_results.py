@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from benchmarks.evidence import METHODS, SEEDS, bracket, chosen, final_steps, finals, ranked, read, searches, trains
+from benchmarks.evidence_jobs import METHODS, SEEDS, bracket, chosen, final_steps, finals, ranked, read, searches, trains
 from benchmarks.evidence_tasks import Task, rows_of
 
 RESAMPLES = 2000

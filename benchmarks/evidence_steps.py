@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import interleave, machine, peak_bytes, ratio, spread, table, tune_allocator, write_json
+from benchmarks.common import interleave, listed, machine, peak_bytes, ratio, spread, table, tune_allocator, write_json
 from benchmarks.contenders import Contender
-from benchmarks.evidence import METHODS, Run, contender, listed, on_device, step
+from benchmarks.evidence_jobs import METHODS, Run
+from benchmarks.evidence_run import contender, on_device, step
 from benchmarks.evidence_tasks import COMPLETIONS, Part, rows_of
 from benchmarks.train_step import saved_bytes
 

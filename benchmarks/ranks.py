@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import tune_allocator
-from benchmarks.evidence import Run, execute, final_steps, jobs, mean, write
+from benchmarks.evidence_jobs import Run, final_steps, jobs, mean, write
 from benchmarks.evidence_results import Row, gather
+from benchmarks.evidence_run import execute
 from benchmarks.evidence_tasks import SHORT, Data, Part, Task, rows_of
 
 RESULTS = Path(__file__).parent / "results" / "ranks"

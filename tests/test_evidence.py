@@ -13,11 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import evidence, paper_figures, ranks
+from benchmarks import evidence, evidence_jobs, evidence_run, paper_figures, ranks
 from benchmarks.claims import CLAIMS
-from benchmarks.evidence import Run
+from benchmarks.evidence_jobs import Run
 from benchmarks.evidence_results import Evidence, Row, difference, gather
-from benchmarks.evidence_tasks import COMPLETIONS, SECTIONS, SHORT, Part, rows_of, score
+from benchmarks.evidence_tasks import COMPLETIONS, SECTIONS, SHORT, Part, load, rows_of, score
 from rankwise.recipes import RECIPES
 
 torch.set_num_threads(1)
@@ -51,17 +51,17 @@ def test_sections_have_as_many_rows_as_the_table_says() -> None:
 def test_scores_by_row_add_up_to_the_score_of_the_package(data: Any) -> None:
     from rankwise.training.evaluate import causal_scores
 
-    model = evidence.load(SHORT, data, 0).model
+    model = load(SHORT, data, 0).model
     rows = score(model, data.test, data)
     whole = causal_scores(model, data.test, data.collate, torch.float32)
     assert sum(row[1] for row in rows) == whole["tokens"]
-    assert evidence.mean(rows) == pytest.approx(whole["loss"], rel=1e-5)
+    assert evidence_jobs.mean(rows) == pytest.approx(whole["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "adalora", "milora-mixture", "lora-drop"])
 def test_one_loop_serves_methods_that_need_more(method: str, data: Any) -> None:
     """The length of the run, calibration, rows for a second level: each gets what it asks for."""
-    result = evidence.execute(Run(SHORT.name, method, 1e-3, 0, 3), SHORT, data)
+    result = evidence_run.execute(Run(SHORT.name, method, 1e-3, 0, 3), SHORT, data)
     assert "failed" not in result
     assert len(result["losses"]) == 3
     assert len(result["validation"]) == 8
@@ -73,15 +73,15 @@ def test_one_loop_serves_methods_that_need_more(method: str, data: Any) -> None:
 
 def test_the_same_run_gives_the_same_result(data: Any) -> None:
     run = Run(SHORT.name, "dora", 1e-3, 1, 3)
-    one, two = (evidence.execute(run, SHORT, data) for _ in range(2))
+    one, two = (evidence_run.execute(run, SHORT, data) for _ in range(2))
     assert one["losses"] == two["losses"]
     assert one["validation"] == two["validation"]
-    assert one["losses"] != evidence.execute(replace(run, seed=2), SHORT, data)["losses"]
+    assert one["losses"] != evidence_run.execute(replace(run, seed=2), SHORT, data)["losses"]
 
 
 def test_a_method_that_cannot_run_leaves_its_reason(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(evidence.OPTIONS, "lora", {"targets": ["nowhere"]})
-    result = evidence.execute(Run(SHORT.name, "lora", 1e-3, 0, 3), SHORT, data)
+    monkeypatch.setitem(evidence_jobs.OPTIONS, "lora", {"targets": ["nowhere"]})
+    result = evidence_run.execute(Run(SHORT.name, "lora", 1e-3, 0, 3), SHORT, data)
     assert "nowhere" in result["failed"]
 
 
@@ -89,31 +89,31 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     """Three rates, then the best of them three times; after each result one run less is left."""
     data, losses = {SHORT.name: rows_of(SHORT)}, iter([3.0, 2.0, 2.5])
     seen = []
-    while run := next(evidence.jobs(tmp_path, [SHORT], ["lora"], data), None):
+    while run := next(evidence_jobs.jobs(tmp_path, [SHORT], ["lora"], data), None):
         assert not run.path(tmp_path).is_file()
         seen.append(run)
         validation = [[next(losses, 1.0), 1.0, 0.0]]
-        evidence.write(run.path(tmp_path), {"validation": validation})
-    low, middle, high = evidence.bracket("lora")
+        evidence_jobs.write(run.path(tmp_path), {"validation": validation})
+    low, middle, high = evidence_jobs.bracket("lora")
     assert [run.lr for run in seen] == [low, middle, high, middle, middle, middle]
     assert [run.seed for run in seen[3:]] == [0, 1, 2]
-    assert seen[3].steps == evidence.final_steps(SHORT, data[SHORT.name]) > seen[0].steps
+    assert seen[3].steps == evidence_jobs.final_steps(SHORT, data[SHORT.name]) > seen[0].steps
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_search_goes_on_above_the_bracket_while_its_end_is_the_best(tmp_path: Path) -> None:
     """Until a rate is worse, is no number, or three were tried; the end that was reached is told."""
     steps = 28
-    low, middle, high = evidence.bracket("lora")
+    low, middle, high = evidence_jobs.bracket("lora")
     step = (high / middle) ** 0.5
     cases = [([1.5, 1.7], 3, "beyond"), ([float("nan")], 2, "high"), ([1.5, 1.2, 1.0], 5, "high")]
     for number, (further, best, edge) in enumerate(cases):
         root, losses = tmp_path / str(number), iter([3.0, 2.5, 2.0, *further])
-        while left := [run for run in evidence.searches(root, SHORT, "lora", steps) if not run.path(root).is_file()]:
-            evidence.write(left[0].path(root), {"validation": [[next(losses), 1.0, 0.0]]})
-        tried = [run.lr for run in evidence.searches(root, SHORT, "lora", steps)]
+        while left := [run for run in evidence_jobs.searches(root, SHORT, "lora", steps) if not run.path(root).is_file()]:
+            evidence_jobs.write(left[0].path(root), {"validation": [[next(losses), 1.0, 0.0]]})
+        tried = [run.lr for run in evidence_jobs.searches(root, SHORT, "lora", steps)]
         assert tried == pytest.approx([low, middle, high, *(high * step**n for n in range(1, len(further) + 1))], rel=5e-3)
-        assert evidence.chosen(root, SHORT, "lora", steps) == tried[best]
+        assert evidence_jobs.chosen(root, SHORT, "lora", steps) == tried[best]
         found = gather(root, SHORT, steps).rows["lora"]
         assert found.edge == ("" if best == 2 else edge)
 
@@ -122,13 +122,13 @@ def test_a_search_goes_on_above_the_bracket_while_its_end_is_the_best(tmp_path: 
 def test_a_rate_that_does_not_hold_at_full_length_is_given_up(full: float | None, tmp_path: Path) -> None:
     """A first full run above its own short one, or one that failed, sends all seeds to the next rate; the raw results stay."""
     data = {SHORT.name: rows_of(SHORT)}
-    steps = evidence.final_steps(SHORT, data[SHORT.name])
-    low, middle, high = evidence.bracket("lora")
+    steps = evidence_jobs.final_steps(SHORT, data[SHORT.name])
+    low, middle, high = evidence_jobs.bracket("lora")
     short, seen = {low: 3.0, middle: 2.0, high: 2.2}, []
-    while run := next(evidence.jobs(tmp_path, [SHORT], ["lora"], data), None):
+    while run := next(evidence_jobs.jobs(tmp_path, [SHORT], ["lora"], data), None):
         seen.append(run)
         loss = short[run.lr] if run.steps < steps else full if run.lr == middle else 1.9
-        evidence.write(run.path(tmp_path), {"failed": "it broke"} if loss is None else {"validation": [[loss, 1.0, 0.0]]})
+        evidence_jobs.write(run.path(tmp_path), {"failed": "it broke"} if loss is None else {"validation": [[loss, 1.0, 0.0]]})
     assert [(run.lr, run.seed) for run in seen[3:]] == [(middle, 0), (high, 0), (high, 1), (high, 2)]
     found = gather(tmp_path, SHORT, steps).rows["lora"]
     assert found.lr == high
@@ -139,10 +139,10 @@ def test_a_rate_that_does_not_hold_at_full_length_is_given_up(full: float | None
 def test_a_rate_is_kept_where_none_holds(tmp_path: Path) -> None:
     """The best at a quarter then: the table tells what came out."""
     data = {SHORT.name: rows_of(SHORT)}
-    steps = evidence.final_steps(SHORT, data[SHORT.name])
-    middle, short = evidence.bracket("lora")[1], iter([3.0, 2.0, 2.2])
-    while run := next(evidence.jobs(tmp_path, [SHORT], ["lora"], data), None):
-        evidence.write(run.path(tmp_path), {"validation": [[next(short) if run.steps < steps else 9.0, 1.0, 0.0]]})
+    steps = evidence_jobs.final_steps(SHORT, data[SHORT.name])
+    middle, short = evidence_jobs.bracket("lora")[1], iter([3.0, 2.0, 2.2])
+    while run := next(evidence_jobs.jobs(tmp_path, [SHORT], ["lora"], data), None):
+        evidence_jobs.write(run.path(tmp_path), {"validation": [[next(short) if run.steps < steps else 9.0, 1.0, 0.0]]})
     found = gather(tmp_path, SHORT, steps).rows["lora"]
     assert found.lr == middle
     assert len(found.runs) == 3
@@ -151,7 +151,7 @@ def test_a_rate_is_kept_where_none_holds(tmp_path: Path) -> None:
 def test_results_of_other_rows_are_refused(tmp_path: Path) -> None:
     data = {SHORT.name: rows_of(SHORT)}
     path = Run(SHORT.name, "lora", 1e-3, 0, 7).path(tmp_path)
-    evidence.write(path, {"rows": "other", "setting": {}})
+    evidence_jobs.write(path, {"rows": "other", "setting": {}})
     with pytest.raises(SystemExit, match="made with other rows"):
         evidence.check_same(tmp_path, [SHORT], data)
 
@@ -185,7 +185,7 @@ def test_a_difference_is_paired() -> None:
 
 
 def everything(changes: dict[str, Row] | None = None) -> Evidence:
-    rows = {method: row(method, 2.0) for method in evidence.METHODS}
+    rows = {method: row(method, 2.0) for method in evidence_jobs.METHODS}
     return Evidence(SHORT, rows | (changes or {}), Path("/nonexistent"))
 
 
@@ -277,13 +277,13 @@ def test_ranks_and_few_rows_are_what_the_runs_get(tmp_path: Path) -> None:
     assert left[0][1][0] == 8
     short = replace(grid.data(0), train=Part(drawn[0].train[:8]), validation=Part(drawn[0].validation[:2]))
     run = replace(left[0][1][1], steps=1)
-    results = {rank: evidence.execute(run, replace(grid.task, steps=4), short, {"rank": rank}) for rank in (8, 32)}
+    results = {rank: evidence_run.execute(run, replace(grid.task, steps=4), short, {"rank": rank}) for rank in (8, 32)}
     assert results[32]["trained_parameters"] == 4 * results[8]["trained_parameters"]
 
 
 def test_every_recipe_has_a_claim() -> None:
     assert sorted(claim.method for claim in CLAIMS) == sorted(RECIPES)
-    assert sorted(evidence.METHODS) == sorted([*RECIPES, *evidence.BESIDE])
+    assert sorted(evidence_jobs.METHODS) == sorted([*RECIPES, *evidence_jobs.BESIDE])
 
 
 def test_a_table_without_results_says_so(tmp_path: Path) -> None:
