@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import tune_allocator
+from benchmarks.common import listed, tune_allocator
 from benchmarks.evidence_jobs import Run, final_steps, jobs, mean, write
 from benchmarks.evidence_results import Row, gather
 from benchmarks.evidence_run import execute
@@ -74,9 +74,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the raw results are")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
-    parts = [name for name in options.parts.split(",") if name]
-    if unknown := [name for name in parts if name not in GRIDS]:
-        parser.error(f"--parts: {', '.join(unknown)} is none of {', '.join(GRIDS)}")
+    parts = listed(parser, options.parts, GRIDS, "--parts")
     only = None if options.ranks is None else {int(rank) for rank in options.ranks.split(",")}
     warnings.simplefilter("ignore")
     tune_allocator()
