@@ -6,6 +6,7 @@ The generated part stands between two markers; what is written around them stays
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import compositions, paper_figures
 from benchmarks.claims import CLAIMS, ELSEWHERE
@@ -17,6 +18,7 @@ from benchmarks.evidence_tasks import TASKS, Task
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- begin: python -m benchmarks.evidence --report -->", "<!-- end -->"
 EDGES = {"": "", "low": " (end of bracket)", "high": " (the last tried)", "beyond": " (above its bracket)"}
+BETTER, WORSE = "#1f6f8b", "#c0632b"  # whose interval lies wholly on that side of LoRA
 NAMES = {"frozen": "frozen base", "full": "full fine-tuning"}
 
 
@@ -192,7 +194,8 @@ def map_of_compositions(folder: Path) -> str:
 
 
 def plot(parts: Sequence[Evidence], path: Path) -> None:
-    """Left: test loss less LoRA's with its interval. Right: what was learned against what was forgotten."""
+    """Left: test loss less LoRA's with its interval. Right: the same of the accuracy of a classifier; of a language model what was learned
+    against what was forgotten, without the frozen base, which is far off."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,26 +205,36 @@ def plot(parts: Sequence[Evidence], path: Path) -> None:
     size, ratios = (12, sum(heights)), {"height_ratios": heights}
     figure, grid = pyplot.subplots(len(parts), 2, figsize=size, gridspec_kw=ratios, layout="constrained", squeeze=False)
     for evidence, (left, right) in zip(parts, grid, strict=True):
-        lora, base = evidence.rows["lora"], evidence.rows["frozen"]
-        ran = [row for row in evidence.rows.values() if row.runs and row.method not in ("lora", "frozen")]
-        gaps = sorted(((difference(row, lora), row) for row in ran), key=lambda item: item[0].value) if lora.runs else []
-        for place, (gap, row) in enumerate(gaps):
-            colour = "#1f6f8b" if gap.high < 0 else "#c0632b" if gap.low > 0 else "#777777"
-            left.plot([gap.low, gap.high], [place, place], color=colour)
-            left.plot(gap.value, place, "o" if len(row.runs) > 1 else ".", color=colour)
-        left.set_yticks(range(len(gaps)), [NAMES.get(row.method, row.method) for _, row in gaps], fontsize=8)
-        left.axvline(0, color="black", linewidth=0.6)
-        left.set_title(f"{evidence.task.name}: test loss less LoRA's, 95% over test rows", fontsize=9)
-        for row in [*ran, lora, base]:
-            if row.runs and evidence.task.general and base.runs:
+        name, base = evidence.task.name, evidence.rows["frozen"]
+        differences(left, evidence, 0, f"{name}: test loss less LoRA's, 95% over test rows")
+        if evidence.task.kind == "classification":
+            differences(right, evidence, 2, f"{name}: accuracy less LoRA's, 95% over test rows")
+            continue
+        for row in evidence.rows.values():
+            if row.runs and row.method != "frozen" and base.runs:
                 across, up = row.mean("test"), row.mean("general") - base.mean("general")
-                right.plot(across, up, "o", color="black" if row.method in ("lora", "frozen", "full") else "#1f6f8b", markersize=4)
+                right.plot(across, up, "o", color="black" if row.method in ("lora", "full") else BETTER, markersize=4)
                 right.annotate(NAMES.get(row.method, row.method), (across, up), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        right.set_xlabel("test loss")
-        right.set_ylabel("loss on general text, after less before")
-        right.set_visible(bool(evidence.task.general))
+        right.set_title(f"{name}: forgotten (loss on general text) over test loss", fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def differences(axes: Any, evidence: Evidence, column: int, title: str) -> None:
+    """A line for each method: how far it lies from LoRA; the frozen base only where its head trains."""
+    lora = evidence.rows["lora"]
+    beside = ("lora",) if evidence.task.kind == "classification" else ("lora", "frozen")
+    ran = [row for row in evidence.rows.values() if row.runs and row.method not in beside and lora.runs]
+    good = -1 if column == 2 else 1  # a loss is better low, an accuracy high
+    gaps = sorted(((difference(row, lora, column=column), row) for row in ran), key=lambda item: good * item[0].value)
+    for place, (gap, row) in enumerate(gaps):
+        ends = sorted((good * gap.low, good * gap.high))
+        colour = BETTER if ends[1] < 0 else WORSE if ends[0] > 0 else "#777777"
+        axes.plot([gap.low, gap.high], [place, place], color=colour)
+        axes.plot(gap.value, place, "o" if len(row.runs) > 1 else ".", color=colour)
+    axes.set_yticks(range(len(gaps)), [NAMES.get(row.method, row.method) for _, row in gaps], fontsize=8)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_title(title, fontsize=9)
 
 
 def write_report(root: Path) -> None:
@@ -248,7 +261,7 @@ def write_report(root: Path) -> None:
             lines += [f"Given up for the next rate, because the first full run ended worse than the short one: {', '.join(lower)}.", ""]
     if parts:
         plot(parts, DOCS / "evidence.png")
-        lines += ["![test loss less LoRA's, and forgetting](evidence.png)", ""]
+        lines += ["![test loss and accuracy less LoRA's, and forgetting](evidence.png)", ""]
     lines += ["## Time and memory", "", steps(folder), "", times(folder), ""]
     lines += ["## The papers' claims", "", claims(parts) if parts else "Nothing was run yet.", ""]
     lines += ["## The papers' figures, from shapes alone", "", figures(), ""]
