@@ -456,7 +456,8 @@ def test_joint_and_frozen_activations() -> None:
     torch.testing.assert_close(gate.numerator, torch.tensor(GELU_NUMERATOR))
     with pytest.raises(TrainingError, match="theta_mode='bilevel' takes a step on validation rows"):
         rw.optimizer(mixture(theta_mode="bilevel"))
-    bare = rw.optimizer(mixture(theta_mode="bilevel"), validation=[])
+    model = mixture(theta_mode="bilevel")
+    bare = rw.optimizer(model, validation=[])
     with pytest.raises(TrainingError, match="validation gave no batch"):
         bare.step()
 
