@@ -38,6 +38,10 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({len(values)} seeds)"
 
 
+def counted(methods: Sequence[str]) -> str:
+    return f"{len(methods)} method{'s' if len(methods) > 1 else ''}"
+
+
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
@@ -253,9 +257,9 @@ def write_report(root: Path) -> None:
         lines += [about(evidence.task, evidence), "", markdown([{key: row.get(key, "") for key in names} for row in rows]), ""]
         ends = [row.method for row in evidence.rows.values() if row.edge == "high"]
         if ends:
-            lines += [f"{len(ends)} methods chose the highest rate that was tried: {', '.join(ends)}. A higher one might do better.", ""]
+            lines += [f"{counted(ends)} chose the highest rate that was tried: {', '.join(ends)}. A higher one might do better.", ""]
         if above := [row.method for row in evidence.rows.values() if row.lr and row.lr > bracket(row.method)[2]]:
-            lines += [f"{len(above)} methods went beyond their bracket: {', '.join(above)}.", ""]
+            lines += [f"{counted(above)} went beyond their bracket: {', '.join(above)}.", ""]
         lower = [f"{row.method} ({', '.join(f'{lr:.3g}' for lr in row.given_up)})" for row in evidence.rows.values() if row.given_up]
         if lower:
             lines += [f"Given up for the next rate, because the first full run ended worse than the short one: {', '.join(lower)}.", ""]
